@@ -1,0 +1,195 @@
+"""Time and memory of one training step of an adapter, beside Hugging Face peft and the frozen model.
+
+    python benchmarks/lora_step.py                      # every variant, writes benchmarks/results/lora_step.json
+    python benchmarks/lora_step.py --variants peft tunesmith --repeats 5
+
+The model is of the SmolLM2-135M architecture with random weights, in float32, on 4 x 256 tokens; the adapter has
+r = 16, alpha = 32 on every linear layer but the head. A step is forward, loss, backward and (but for `frozen`) AdamW.
+
+- peft, peft-dora: Hugging Face peft with the loss of transformers
+- tunesmith, tunesmith-dora: the same mathematics, with `tunesmith.causal_lm_loss`
+- frozen: transformers' forward and loss, and backward to the inputs alone; no parameter gets a gradient
+- full: every weight trained
+
+Each run of a variant is a process of its own, the variants take turns, and the numbers are the medians over the
+repeats. Memory is the highest resident size the kernel saw during the steps, less that of the loaded model (Linux).
+"""
+
+import argparse
+import ctypes
+import gc
+import importlib.metadata
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+VARIANTS = ["peft", "tunesmith", "frozen", "full", "peft-dora", "tunesmith-dora"]
+RESULT = Path(__file__).parent / "results" / "lora_step.json"
+
+
+def build():
+    """LlamaForCausalLM in the shape of SmolLM2-135M."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            vocab_size=49152,
+            max_position_embeddings=8192,
+            rope_theta=100000.0,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=True,
+        )
+    ).train()
+
+
+def prepare(variant, model):
+    """(parameters to train, loss of a batch of token ids)."""
+    if variant == "full":
+        return list(model.parameters()), lambda ids: model(input_ids=ids, labels=ids).loss
+    if variant == "frozen":
+        model.requires_grad_(False)
+        embed = model.get_input_embeddings()
+        return [], lambda ids: model(inputs_embeds=embed(ids).requires_grad_(), labels=ids).loss
+    if variant.startswith("peft"):
+        import peft
+
+        config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", use_dora=variant == "peft-dora")
+        model = peft.get_peft_model(model, config)
+        loss = lambda ids: model(input_ids=ids, labels=ids).loss  # noqa: E731
+    else:
+        import tunesmith as ts
+
+        method = ts.DoRA if variant == "tunesmith-dora" else ts.LoRA
+        ts.adapt(model, method(rank=16, alpha=32, targets="all-linear"))
+        loss = lambda ids: ts.causal_lm_loss(model, ids, ids)  # noqa: E731
+    start_alike(model)
+    return [p for p in model.parameters() if p.requires_grad], loss
+
+
+def start_alike(model):
+    """Both libraries' A from the same random numbers, so that the losses can be compared."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    for name, p in model.named_parameters():
+        if p.requires_grad and re.search(r"lora_A|\.A$", name):
+            torch.nn.init.kaiming_uniform_(p, a=5**0.5, generator=generator)
+
+
+def resident(field):
+    """`VmRSS` or `VmHWM` (the highest since the last reset) of this process, in MB."""
+    return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def run(variant, steps, threads):
+    """One process: the seconds and the loss of each step, and the memory in MB."""
+    import torch
+
+    torch.set_num_threads(threads)
+    model = build()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    loaded = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the highest size so far
+    parameters, loss_of = prepare(variant, model)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, fused=True) if parameters else None
+    generator = torch.Generator().manual_seed(1)
+    seconds, losses = [], []
+    for _ in range(steps):
+        ids = torch.randint(model.config.vocab_size, (4, 256), generator=generator)
+        start = time.perf_counter()
+        loss = loss_of(ids)
+        loss.backward()
+        if optimizer:
+            optimizer.step()
+            optimizer.zero_grad()
+        seconds.append(time.perf_counter() - start)
+        losses.append(loss.item())
+    return {
+        "seconds": seconds[1:],  # the first step warms up
+        "losses": losses[:5],
+        "peak_mb": resident("VmHWM") - loaded,
+        "loaded_mb": loaded,
+        "trained": sum(p.numel() for p in parameters),
+    }
+
+
+def compare(variants, repeats, steps, threads):
+    runs = {variant: [] for variant in variants}
+    for repeat in range(repeats):
+        for variant in variants:
+            command = [sys.executable, __file__, "--run", variant, "--steps", str(steps), "--threads", str(threads)]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            runs[variant].append(json.loads(output.splitlines()[-1]))
+            print(f"{repeat + 1}/{repeats} {variant}: {statistics.median(runs[variant][-1]['seconds']):.2f} s", file=sys.stderr)
+    return {
+        variant: {
+            "step_s": statistics.median(s for r in of for s in r["seconds"]),
+            "fastest_step_s": min(s for r in of for s in r["seconds"]),
+            "peak_above_model_mb": statistics.median(r["peak_mb"] for r in of),
+            "loaded_model_mb": statistics.median(r["loaded_mb"] for r in of),
+            "trained_parameters": of[0]["trained"],
+            "losses": of[0]["losses"],
+        }
+        for variant, of in runs.items()
+    }
+
+
+def ratios(results):
+    """Time, memory and greatest difference in loss of one variant against another."""
+    pairs = [("tunesmith", "peft"), ("tunesmith", "frozen"), ("tunesmith", "full"), ("tunesmith-dora", "peft-dora"), ("tunesmith-dora", "tunesmith")]
+    found = {}
+    for a, b in pairs:
+        if a in results and b in results:
+            one, other = results[a], results[b]
+            found[f"{a} / {b}"] = {k: one[k] / other[k] for k in ("step_s", "fastest_step_s", "peak_above_model_mb")}
+            if a.replace("tunesmith", "peft") == b:
+                found[f"{a} / {b}"]["loss_difference"] = max(abs(x - y) for x, y in zip(one["losses"], other["losses"], strict=True))
+    return found
+
+
+def machine(threads):
+    cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
+    return {"cpu": cpu[1] if cpu else "", "cores": os.cpu_count(), "threads": threads, "python": sys.version.split()[0], **versions}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6, help="steps of each run; the first is not timed")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--run", choices=VARIANTS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run:
+        print(json.dumps(run(args.run, args.steps, args.threads)))
+        return
+    results = compare(args.variants, args.repeats, args.steps, args.threads)
+    report = {
+        "command": " ".join(["python benchmarks/lora_step.py", *sys.argv[1:]]),
+        "machine": machine(args.threads),
+        "repeats": args.repeats,
+        "ratios": ratios(results),
+        "variants": results,
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report["ratios"], indent=2))
+
+
+if __name__ == "__main__":
+    main()

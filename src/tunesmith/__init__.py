@@ -1,0 +1,32 @@
+"""tunesmith: parameter-efficient fine-tuning, every method on one engine."""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "tunesmith.errors": ["TunesmithError"],
+    "tunesmith.engine.model": ["trainable", "activate", "disabled", "mixed", "merge", "unmerge", "detach"],
+    "tunesmith.engine.account": ["summary", "Summary"],
+    "tunesmith.engine.loss": ["causal_lm_loss"],
+    "tunesmith.methods.store": ["save", "load"],
+    "tunesmith.methods": [
+        "adapt", "methods", "Method", "MethodInfo", "BitFit", "DoRA", "Full", "IA3", "LNTuning", "LinearProbe", "LoRA", "PiSSA",
+        "PrefixTuning", "PromptTuning", "RSLoRA", "SeriesAdapter",
+    ],
+}  # fmt: skip
+_WHERE = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str):
+    """Names load on first use, so that importing tunesmith costs next to nothing."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'tunesmith' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return __all__

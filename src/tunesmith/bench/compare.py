@@ -1,0 +1,211 @@
+"""Several methods on one task under one budget: a process for each, one table, one page."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import yaml
+
+from ..errors import TunesmithError
+from ..files import atomic_write
+from ..train import recipe as recipes
+from ..train.render import method_label
+from ..train.recipe import Recipe
+from ..train.report import median_speed, read_lines
+from . import page
+
+COSTS = ("trainable", "train_s", "peak_mb")
+COLUMNS = ("label", "value", "spread", "trainable", "percent", "bytes", "train_s", "time_s", "peak_mb", "tokens_per_s", "epochs", "steps")
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the (cost, gain) points that no other point beats, in order of cost.
+
+    A point beats another when it costs no more, gains no less, and differs.
+    """
+    return sorted(
+        (i for i, (cost, gain) in enumerate(points) if not any(c <= cost and g >= gain and (c, g) != (cost, gain) for c, g in points)),
+        key=lambda i: points[i],
+    )
+
+
+def compare(
+    methods: list[str | dict],
+    base: Recipe | dict,
+    output: str | Path,
+    seeds: list[int] | None = None,
+    overwrite: bool = False,
+    progress: Callable[[dict], None] | None = None,
+) -> dict:
+    """Train each of `methods` as the recipe `base` says, and write compare.json, compare.csv and compare.html to `output`.
+
+    base: a recipe, or its fields; every method has its data, its epochs or steps, and its seed. Its method and output do not count.
+    seeds: train each method once per seed; the table then has the mean and the standard deviation.
+    overwrite: train anew what `output` holds under another recipe.
+    progress: told the events of every run (see `train.run`).
+
+    A run that `output` holds already under the same recipe and data is not trained again, and one that was cut off goes
+    on. A run that fails is listed with its reason, and the others go on. Returns what compare.json holds.
+    Raises `TunesmithError` before the first run for a recipe or method that is wrong, or for an `output` that holds others.
+    """
+    output, tell = Path(output), progress or (lambda event: None)
+    if isinstance(base, Recipe):
+        base = base.model_dump(mode="json", exclude_unset=True)
+    base = {key: value for key, value in base.items() if key not in ("method", "output")}
+    runs = [_plan(base, method, seed, output) for method in methods for seed in (seeds or [None])]
+    if not runs:
+        raise TunesmithError("compare needs at least one method")
+    if twice := {run["folder"].name for run in runs if [r["folder"] for r in runs].count(run["folder"]) > 1}:
+        raise TunesmithError(f"the same method is there twice: {', '.join(sorted(twice))}")
+    if not overwrite:
+        for run in runs:
+            _refuse_other(run)
+    for i, run in enumerate(runs):
+        summary = run["folder"] / "summary.json"
+        if not (run["same"] and summary.exists()):
+            tell({"event": "note", "text": f"{run['title']} ({i + 1} of {len(runs)})"})
+            atomic_write(run["file"], run["text"])
+            request = {"recipe": run["recipe"] | {"output": str(run["folder"])}, "resume": run["same"], "overwrite": not run["same"]}
+            run["failure"] = _train(request, tell)
+        if summary.exists() and not run["failure"]:
+            run["summary"] = json.loads(summary.read_text(encoding="utf-8"))
+        result = _result(base, runs[: i + 1])
+        atomic_write(output / "compare.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        atomic_write(output / "compare.csv", _csv(result))
+        atomic_write(output / "compare.html", page.html(result))
+    return result
+
+
+def _plan(base: dict, method: str | dict, seed: int | None, output: Path) -> dict:
+    """What is to be run, checked, and whether `output` holds it already."""
+    recipe = base | {"method": method}
+    label = method_label(method)
+    title = label if seed is None else f"{label}, seed {seed}"
+    if seed is not None:
+        recipe["seed"] = seed
+    recipes.check(recipe)
+    name = re.sub(r"[^\w.]+", "-", title).strip("-.").lower()
+    if len(name) > 80:
+        name = f"{name[:70]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    file = output / f"{name}.yaml"
+    text = f"# data {_digest(recipe)}\n" + yaml.safe_dump(recipe, sort_keys=True, allow_unicode=True)
+    same = file.exists() and file.read_text(encoding="utf-8") == text
+    return {
+        "label": label, "title": title, "method": method, "seed": seed, "recipe": recipe,
+        "file": file, "text": text, "folder": output / name, "same": same, "failure": None,
+    }  # fmt: skip
+
+
+def _digest(recipe: dict) -> str:
+    """Of the data files that lie here, so that a changed file is not taken for the one trained on."""
+    digest = hashlib.sha256()
+    for key in ("data", "eval", "test"):
+        if (source := recipe.get(key)) and Path(source).is_file():
+            digest.update(Path(source).read_bytes())
+    return digest.hexdigest()
+
+
+def _refuse_other(run: dict) -> None:
+    if run["same"] or not run["folder"].exists():
+        return
+    before = yaml.safe_load(run["file"].read_text(encoding="utf-8")) if run["file"].exists() else {}
+    now = run["recipe"]
+    changed = [f"{k} was {before.get(k)!r} and is {now.get(k)!r}" for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
+    why = "; ".join(changed) if changed and before else "its data has changed" if before else "it is not of a comparison"
+    raise TunesmithError(f"{run['folder']} holds another run ({why}); choose another output, or overwrite=True")
+
+
+def _train(request: dict, tell: Callable[[dict], None]) -> str | None:
+    """Train in a process of its own; the reason where it failed."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tunesmith.bench.child"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "PYTHONIOENCODING": "utf-8"},
+    )
+    failure = None
+    try:
+        json.dump(request, process.stdin)
+        process.stdin.close()
+        for line in process.stdout:
+            event = json.loads(line)
+            if event["event"] == "failure":
+                failure = event["text"]
+            else:
+                tell(event)
+        code = process.wait()
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    if code and not failure:
+        failure = f"the process was killed by signal {-code} (9: most often out of memory)" if code < 0 else f"the process ended with code {code}"
+    if failure:
+        tell({"event": "end"})
+        tell({"event": "note", "text": f"failed: {failure}"})
+    return failure
+
+
+def _measures(run: dict) -> dict:
+    summary, metric = run["summary"], run["summary"]["metric"]
+    value = summary["test"][metric] if summary.get("test") else summary["best"]
+    return {
+        "seed": run["seed"], "folder": run["folder"].name, "value": value,
+        **{key: summary["params"].get(key) for key in ("trainable", "total", "percent", "bytes")},
+        "train_s": summary.get("train_s", summary["time_s"]),
+        **{key: summary.get(key) for key in ("time_s", "peak_mb", "epochs", "steps")},
+        "tokens_per_s": median_speed(read_lines(run["folder"] / "metrics.jsonl")),
+    }  # fmt: skip
+
+
+def _row(seeds: list[dict]) -> dict:
+    """One line of the table: the means over seeds, the highest peak memory, the spread of the metric."""
+    row, runs = {"label": seeds[0]["label"], "method": seeds[0]["method"]}, [_measures(run) for run in seeds]
+    for key in ("value", "trainable", "total", "percent", "bytes", "train_s", "time_s", "peak_mb", "epochs", "steps", "tokens_per_s"):
+        known = [run[key] for run in runs if run[key] is not None]
+        if key == "peak_mb":
+            row[key] = max(known, default=None)
+        else:
+            row[key] = None if not known else known[0] if len(set(known)) == 1 else statistics.mean(known)
+    values = [run["value"] for run in runs if run["value"] is not None]
+    return row | {"spread": statistics.stdev(values) if len(values) > 1 else None, "runs": runs}
+
+
+def _result(base: dict, runs: list[dict]) -> dict:
+    finished = [run for run in runs if "summary" in run]
+    first = finished[0]["summary"] if finished else {}
+    tested, metric = bool(first.get("test")), first.get("metric")
+    untouched = first.get("base_test_metrics" if tested else "base_metrics") or {}
+    rows = [_row([run for run in finished if run["label"] == label]) for label in dict.fromkeys(run["label"] for run in finished)]
+    higher = first.get("higher_is_better", True)
+    fronts = {}
+    for cost in COSTS:
+        shown = [row for row in rows if row["value"] is not None and row[cost]]
+        front = pareto([(row[cost], row["value"] if higher else -row["value"]) for row in shown])
+        fronts[cost] = [shown[i]["label"] for i in front]
+    return {
+        "base": base,
+        "model": first.get("model"), "task": first.get("task"), "metric": metric, "higher_is_better": higher,
+        "measured_on": "test" if tested else "evaluation", "untouched": untouched.get(metric),
+        "rows": rows, "fronts": fronts,
+        "failures": [{"label": run["title"], "reason": run["failure"]} for run in runs if run["failure"]],
+    }  # fmt: skip
+
+
+def _csv(result: dict) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = {"label": "method", "value": result["metric"] or "value", "spread": "standard_deviation"}
+    writer.writerow([names.get(column, column) for column in COLUMNS])
+    writer.writerows([row[column] for column in COLUMNS] for row in result["rows"])
+    return text.getvalue()

@@ -1,0 +1,62 @@
+"""Which column plays which role: given, or guessed when obvious; and whether its values can be used."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from ..errors import TunesmithError, nearest
+
+TEXT = ("text", "sentence", "utterance", "message", "query", "review", "comment", "content", "tweet", "document",
+        "question", "input", "description", "title", "body")
+LABEL = ("label", "labels", "category", "intent", "class", "target", "sentiment", "topic", "tag", "label_text")
+PROMPT = ("prompt", "instruction", "question", "query", "input", "user")
+RESPONSE = ("response", "completion", "output", "answer", "reply", "assistant", "target")
+
+
+def find(names: Sequence[str], candidates: Sequence[str], taken: Sequence[str] = ()) -> str | None:
+    """The first of `candidates` that is a column, whatever its case."""
+    lower = {name.lower(): name for name in reversed(list(names)) if name not in taken}
+    return next((lower[c] for c in candidates if c in lower), None)
+
+
+def check_given(names: Sequence[str], given: Mapping[str, str], roles: Sequence[str], task: str) -> None:
+    """Raises `TunesmithError` for a role the task does not have and for a column that is not there."""
+    for role, column in given.items():
+        if role not in roles:
+            raise TunesmithError(f'task {task} has no column role "{role}"{nearest(role, roles)}; '
+                                 f"its roles are {', '.join(roles)}")
+        if column not in names:
+            raise TunesmithError(f'there is no column "{column}" (for {role}){nearest(column, names)}; '
+                                 f"the columns are {', '.join(names)}")
+
+
+def missing(role: str, names: Sequence[str], task: str) -> TunesmithError:
+    return TunesmithError(f"task {task} needs a column for {role}, and none of the columns {', '.join(names)} "
+                          f"is obviously it; say which, for example columns: {{{role}: {names[0] if names else '…'}}}")
+
+
+def is_blank(value) -> bool:
+    """None, NaN, an empty list, or text of nothing but white space."""
+    return (value is None or isinstance(value, float) and math.isnan(value)
+            or isinstance(value, str) and not value.strip() or isinstance(value, list) and not value)
+
+
+def check_filled(dataset, columns: Mapping[str, str], roles: Sequence[str]) -> None:
+    """Raises `TunesmithError` naming the rows (counted from 1) in which a column of `roles` is blank."""
+    for role in roles:
+        if role in columns:
+            rows = [n for n, value in enumerate(dataset[columns[role]], 1) if is_blank(value)]
+            if rows:
+                more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+                raise TunesmithError(f'the column "{columns[role]}" ({role}) is blank in row{"s" if len(rows) > 1 else ""} '
+                                     f"{', '.join(map(str, rows[:5]))}{more} of {len(dataset)}; fill or remove them")
+
+
+def as_text(value) -> str:
+    """A cell as the text a model reads: JSON for objects, `true` for True, `3` for 3.0."""
+    import json
+
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,270 @@
+"""What a method attaches to a site, and how an adapted module computes.
+
+An adapted module stays the object it was: its class becomes a subclass of the same name whose `forward` runs the
+active adapters around the original one, and the adapters live in `module.tunesmith`. Detaching gives the class back.
+"""
+
+import functools
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import TunesmithError
+from .sites import Site, swapped
+
+
+class Adapter(nn.Module):
+    """A method at one site. Subclass it, create parameters in `__init__`, and override `forward`."""
+
+    mergeable = False
+
+    def forward(self, base: "Base", *args, **kwargs):
+        """`base(*args)` is the module as it is below this adapter; `base.W`, `base.b` are its matrix and bias."""
+        return base(*args, **kwargs)
+
+    def fold(self, site: Site, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The site's raw parameters with this adapter merged into them."""
+        raise TunesmithError(f"{type(self).__name__} at {site.path!r} cannot be merged into the weights")
+
+    @classmethod
+    def mixed(cls, base: "Base", rows: list["Adapter | None"], *args, **kwargs):
+        """One adapter per row of the batch. Rows of the same adapter run together; override where rows interact."""
+        outputs, indices = [], []
+        for adapter in dict.fromkeys(rows):
+            index = [i for i, other in enumerate(rows) if other is adapter]
+            part_args, part_kwargs, index = _take((args, kwargs), index, len(rows))
+            outputs.append(adapter(base, *part_args, **part_kwargs) if adapter else base(*part_args, **part_kwargs))
+            indices.append(index)
+        return _put(outputs, torch.cat(indices))
+
+
+class WeightAdapter(Adapter):
+    """A function of the matrix: override `merged`, and `forward` where there is a cheaper way than forming it."""
+
+    mergeable = True
+
+    def merged(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(W (out, in), b (out,)) → the effective ones, in W's dtype or wider."""
+        return W, b
+
+    def fold(self, site, values):
+        return site.raw(*self.merged(*site.matrix(values)))
+
+    def forward(self, base, *args, **kwargs):
+        return base.with_values(self.fold(base.site, base.values))(*args, **kwargs)
+
+
+class ValueAdapter(Adapter):
+    """Trained values in place of some of a module's own parameters (all of one's own shape)."""
+
+    mergeable = True
+
+    def __init__(self, values: dict[str, nn.Parameter]):
+        super().__init__()
+        for name, value in values.items():
+            self.register_parameter(name, value)
+
+    def fold(self, site, values):
+        return values | {name: p.to(values[name].dtype) for name, p in self._parameters.items()}
+
+    def forward(self, base, *args, **kwargs):
+        return base.with_values(self.fold(base.site, base.values))(*args, **kwargs)
+
+
+class Base:
+    """A module without its adapters, callable; with `with_values`, the same with other parameters."""
+
+    __slots__ = ("_values", "forward", "site")
+    plain = True  # nothing is stacked below: base.W is the stored weight itself
+
+    def __init__(self, site: Site, forward, values=None):
+        self.site, self.forward, self._values = site, forward, values
+
+    def __call__(self, *args, **kwargs):
+        if self._values is None:
+            return self.forward(self.site.owner, *args, **kwargs)
+        return self.site.call(self.forward, self._values, args, kwargs)
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        return self.site.values if self._values is None else self._values
+
+    @property
+    def W(self) -> Tensor:
+        return self.site.matrix(self.values)[0]
+
+    @property
+    def b(self) -> Tensor | None:
+        return self.values.get(self.site.bias)
+
+    def with_values(self, values: dict[str, Tensor]) -> "Base":
+        return Base(self.site, self.forward, values)
+
+
+class Stacked(Base):
+    """An adapter over what is below it, with a weight w: below + w·(adapted − below)."""
+
+    __slots__ = ("adapter", "below", "weight")
+    plain = False
+
+    def __init__(self, adapter: Adapter, below: Base, weight: float):
+        super().__init__(below.site, below.forward)
+        self.adapter, self.below, self.weight = adapter, below, weight
+
+    def __call__(self, *args, **kwargs):
+        y = self.adapter(self.below, *args, **kwargs)
+        if self.weight == 1:
+            return y
+        return _lerp(self.below(*args, **kwargs), y, self.weight)
+
+    @property
+    def values(self):
+        return fold(self.adapter, self.site, self.below.values, self.weight) if self.adapter.mergeable else self.below.values
+
+    def with_values(self, values):
+        below = self.below.with_values(values)
+        return below if self.adapter.mergeable else Stacked(self.adapter, below, self.weight)
+
+
+def fold(adapter: Adapter, site: Site, values: dict[str, Tensor], weight: float) -> dict[str, Tensor]:
+    """Raw values with an adapter merged at the given weight."""
+    new = adapter.fold(site, values)
+    return new if weight == 1 else values | _lerp({n: values[n] for n in new}, new, weight)
+
+
+def _lerp(a, b, w):
+    return pytree.tree_map(lambda p, q: p + w * (q - p) if isinstance(p, Tensor) and p.is_floating_point() else q, a, b)
+
+
+@dataclass
+class State:
+    """What the adapted modules of one model have in common."""
+
+    active: dict[str, float] = field(default_factory=dict)
+    merged: dict[str, float] = field(default_factory=dict)
+    rows: list[str | None] | None = None
+    enabled: bool = True
+    records: dict = field(default_factory=dict)  # name -> what was attached
+    flags: dict = field(default_factory=dict)  # parameter path -> requires_grad before the first adapt
+
+
+class Hub(nn.Module):
+    """The adapters of one site, by name, as `holder.tunesmith`."""
+
+    def __init__(self, site: Site, state: State):
+        super().__init__()
+        self.adapters = nn.ModuleDict()
+        self._site, self._state = site, state
+        self.backup: dict[str, nn.Parameter] = {}
+
+    # Plain references: registering the site's modules here would make a cycle in the module tree.
+    def __setattr__(self, name, value):
+        object.__setattr__(self, name, value) if name in ("_site", "_state", "backup") else super().__setattr__(name, value)
+
+    def stack(self, base: Base) -> Base:
+        """`base` with the active adapters over it, first activated first applied."""
+        state = self._state
+        if state.enabled:
+            for name, weight in state.active.items():
+                if name in self.adapters and name not in state.merged:
+                    base = Stacked(self.adapters[name], base, weight)
+        return base
+
+    def run(self, forward, *args, **kwargs):
+        """The owner's forward with the adapters that the state says are in use."""
+        state, base = self._state, Base(self._site, forward)
+        if state.rows is None or not state.enabled:
+            return self.stack(base)(*args, **kwargs)
+        rows = [self.adapters[name] if name in self.adapters else None for name in state.rows]
+        classes = {type(row): row for row in rows if row is not None}
+        if not classes:
+            return base(*args, **kwargs)
+        splitters = {cls.mixed.__func__ for cls in classes}
+        if len(splitters) > 1:
+            raise TunesmithError(f"adapters of different kinds meet at {self._site.path!r} in one mixed batch; put them in separate batches")
+        return next(iter(classes)).mixed(base, rows, *args, **kwargs)
+
+
+def _forward(module: nn.Module, forward, args, kwargs):
+    hub = module._modules.get("tunesmith")
+    if not isinstance(module, nn.MultiheadAttention):
+        return hub.run(forward, *args, **kwargs)
+    hubs = [h for h in (hub, module.out_proj._modules.get("tunesmith")) if h is not None]
+    state = hubs[0]._state
+    if state.rows is not None and state.enabled:
+        return _mixed_attention(module, hubs, forward, args, kwargs)
+    return _attention(module, [h.stack(Base(h._site, None)).values for h in hubs], hubs, forward, args, kwargs)
+
+
+def _attention(module, values, hubs, forward, args, kwargs):
+    """nn.MultiheadAttention reads its projections' parameters directly, so each call gets the adapted ones."""
+    if not hubs:
+        return forward(module, *args, **kwargs)
+    with swapped(hubs[0]._site.holder, values[0]):
+        return _attention(module, values[1:], hubs[1:], forward, args, kwargs)
+
+
+def _mixed_attention(module, hubs, forward, args, kwargs):
+    state = hubs[0]._state
+    outputs, indices = [], []
+    if not module.batch_first:
+        raise TunesmithError("a mixed batch through nn.MultiheadAttention needs batch_first=True")
+    for name in dict.fromkeys(state.rows):
+        part_args, part_kwargs, index = _take((args, kwargs), [i for i, n in enumerate(state.rows) if n == name], len(state.rows))
+        values = [fold(h.adapters[name], h._site, h._site.values, 1) if name in h.adapters else h._site.values for h in hubs]
+        outputs.append(_attention(module, values, hubs, forward, part_args, part_kwargs))
+        indices.append(index)
+    return _put(outputs, torch.cat(indices))
+
+
+def _take(tree, rows: list[int], n: int):
+    """Rows of every batched tensor in (args, kwargs); the leading dimension is n, or n times beams or tokens."""
+    size = next((t.size(0) for t in pytree.tree_leaves(tree) if isinstance(t, Tensor) and t.dim()), n)
+    if size == 1:  # broadcast over the batch, as position ids are
+        size = n
+    if size % n:
+        raise TunesmithError(f"a mixed batch of {n} rows met an input of {size}; name one adapter for each row of the batch")
+    each = size // n
+    index = torch.tensor([row * each + i for row in rows for i in range(each)])
+
+    def take(t):
+        if not isinstance(t, Tensor) or not t.dim():
+            return t
+        if t.size(0) == 1 and size > 1:
+            return t.expand(len(index), *t.shape[1:])
+        return t[index.to(t.device)] if t.size(0) == size else t
+
+    args, kwargs = pytree.tree_map(take, tree)
+    return args, kwargs, index
+
+
+def _put(outputs: list, index: Tensor):
+    """The parts' outputs in the batch's order."""
+    order = torch.argsort(index)
+
+    def put(*parts):
+        return torch.cat(parts)[order.to(parts[0].device)] if isinstance(parts[0], Tensor) and parts[0].dim() else parts[0]
+
+    return pytree.tree_map(put, *outputs)
+
+
+@functools.cache
+def adapted_class(cls: type) -> type:
+    """The subclass of `cls`, of the same name, whose forward runs the adapters."""
+
+    @functools.wraps(cls.forward)
+    def forward(self, *args, **kwargs):
+        return _forward(self, cls.forward, args, kwargs)
+
+    def __reduce_ex__(self, protocol):
+        return _rebuild, (cls,), self.__getstate__()
+
+    body = {"forward": forward, "__reduce_ex__": __reduce_ex__, "_tunesmith_base": cls, "__module__": cls.__module__, "__doc__": cls.__doc__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (cls,), body)
+
+
+def _rebuild(cls: type) -> nn.Module:
+    adapted = adapted_class(cls)
+    return adapted.__new__(adapted)

@@ -1,0 +1,167 @@
+"""The blocks between a language model's linear layers, computing what they computed but keeping less for backward.
+
+Found by structure, whatever the model: an RMSNorm, and a gated MLP whose activation is SiLU. A module is taken only
+after its class's own forward and the one here agreed bit for bit on random input.
+"""
+
+import functools
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .fused import Recipe, traced
+
+
+def _rms_norm(eps, h, weight):
+    x = h.to(torch.float32)
+    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)).to(h.dtype)
+
+
+def _silu_mul(gate, up):
+    return F.silu(gate) * up
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps its input and the (N, 1) reciprocal root mean square."""
+
+    @staticmethod
+    def forward(ctx, h, weight, eps, recipe):
+        x = h.to(torch.float32)
+        root = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(h, weight, root)
+        ctx.recipe = recipe
+        return weight * (x * root).to(h.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        h, weight, root = ctx.saved_tensors
+        ctx.recipe.value = None
+        gw = gh = None
+        x = h.to(torch.float32) * root
+        if ctx.needs_input_grad[1]:
+            gw = (g * x.to(h.dtype)).flatten(0, -2).sum(0).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            gx = (g * weight).to(torch.float32)
+            mean = torch.linalg.vecdot(gx, x).unsqueeze(-1).div_(-x.shape[-1])
+            gh = gx.addcmul_(x, mean).mul_(root).to(h.dtype)
+        return gh, gw, None, None
+
+
+class _SiLUMul(torch.autograd.Function):
+    """Keeps its two inputs."""
+
+    @staticmethod
+    def forward(ctx, gate, up, recipe):
+        ctx.save_for_backward(gate, up)
+        ctx.recipe = recipe
+        return _silu_mul(gate, up)
+
+    @staticmethod
+    def backward(ctx, g):
+        gate, up = ctx.saved_tensors
+        ctx.recipe.value = None
+        g_gate = g_up = None
+        if ctx.needs_input_grad[0]:
+            g_gate = torch.ops.aten.silu_backward(g * up, gate)
+        if ctx.needs_input_grad[1]:
+            g_up = F.silu(gate).mul_(g)
+        return g_gate, g_up, None
+
+
+def _recording(*inputs) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in inputs) and not traced()
+
+
+def _rms_norm_forward(self, hidden_states):
+    eps = _eps(self)
+    if not _recording(hidden_states):
+        return _rms_norm(eps, hidden_states, self.weight)
+    recipe = Recipe(functools.partial(_rms_norm, eps))
+    return recipe.attach(_RMSNorm.apply(hidden_states, self.weight, eps, recipe), hidden_states, self.weight)
+
+
+def _gated_mlp_forward(self, x):
+    gate, up = self.gate_proj(x), self.up_proj(x)
+    if not _recording(gate, up):
+        return self.down_proj(_silu_mul(gate, up))
+    recipe = Recipe(_silu_mul)
+    return self.down_proj(recipe.attach(_SiLUMul.apply(gate, up, recipe), gate, up))
+
+
+def _eps(module) -> float:
+    return module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+
+
+def _same(cls, forward, module, parts, *inputs) -> bool:
+    """Whether both forwards agree bit for bit on a stand-in for the module with the given parts."""
+    plain = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    stand_in = SimpleNamespace(**plain | parts)
+    try:
+        with torch.no_grad():
+            return all(torch.equal(cls.forward(stand_in, x), forward(stand_in, x)) for x in inputs)
+    except Exception:  # it reads more than the parts: another kind of module
+        return False
+
+
+def _leaner(module: nn.Module):
+    """The forward to use in place of the class's own, or None."""
+    cls = type(module)
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape, dtype=torch.float32):
+        return torch.randn(*shape, generator=random).to(dtype)
+
+    if cls.__name__.endswith("RMSNorm") and hasattr(module, "weight") and (hasattr(module, "variance_epsilon") or hasattr(module, "eps")):
+        kinds = torch.float32, torch.bfloat16
+        inputs = [normal(3, 40, dtype=kind) for kind in kinds]
+        if all(_same(cls, _rms_norm_forward, module, {"weight": normal(40, dtype=kind)}, *inputs) for kind in kinds):
+            return _rms_norm_forward
+    if set(module._modules) == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+        gate, up, down = normal(24, 16), normal(24, 16), normal(16, 24)
+        parts = {n: functools.partial(F.linear, weight=w) for n, w in (("gate_proj", gate), ("up_proj", up), ("down_proj", down))}
+        if _same(cls, _gated_mlp_forward, module, parts | {"act_fn": module.act_fn}, normal(3, 16)):
+            return _gated_mlp_forward
+    return None
+
+
+@functools.cache
+def _lean_class(cls: type, forward) -> type:
+    def __reduce_ex__(self, protocol):
+        return _rebuild, (cls, forward), self.__getstate__()
+
+    body = {"forward": forward, "__reduce_ex__": __reduce_ex__, "_lean_base": cls, "__module__": cls.__module__, "__doc__": cls.__doc__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (cls,), body)
+
+
+def _rebuild(cls: type, forward) -> nn.Module:
+    lean = _lean_class(cls, forward)
+    return lean.__new__(lean)
+
+
+def lean(model: nn.Module) -> nn.Module:
+    """Let the model's RMSNorms and SiLU-gated MLPs keep less for backward; outputs stay the same bit for bit.
+
+    In place, returns the model. Modules keep their identity, class name and state_dict keys; modules with an adapter
+    of their own, or a forward of their own instance, are left alone. Doing it twice is doing it once.
+    """
+    found: dict[tuple, object] = {}
+    for module in model.modules():
+        cls = type(module)
+        if hasattr(cls, "_lean_base") or "forward" in vars(module) or "tunesmith" in module._modules:
+            continue
+        key = cls, *(type(m) for m in module._modules.values())
+        if key not in found:
+            found[key] = _leaner(module)
+        if found[key]:
+            module.__class__ = _lean_class(cls, found[key])
+    return model
+
+
+def unlean(model: nn.Module) -> nn.Module:
+    """Undo `lean`."""
+    for module in model.modules():
+        if base := vars(type(module)).get("_lean_base"):
+            module.__class__ = base
+    return model

@@ -1,0 +1,282 @@
+"""Adapters on a whole model: attach, choose, mix, merge, detach. Knows no method by name."""
+
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import TunesmithError, nearest
+from .adapter import Adapter, Hub, State, adapted_class, fold
+from .sites import Site
+
+
+@dataclass
+class Record:
+    """One named adapter: its method's config, the config that holds at each site, and what it was trained on top of."""
+
+    config: Any
+    sites: dict[str, Any]
+    lineage: list[dict] = field(default_factory=list)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, torch.compile and the like."""
+    while "_tunesmith" not in model.__dict__:
+        inner = model._modules.get("module", model._modules.get("_orig_mod"))
+        if inner is None:
+            return model
+        model = inner
+    return model
+
+
+def state_of(model: nn.Module) -> State:
+    """Raises `TunesmithError` where the model has no adapter."""
+    state = unwrap(model).__dict__.get("_tunesmith")
+    if state is None:
+        raise TunesmithError(f"this {type(model).__name__} has no adapter; attach one with adapt(model, method) or load(model, folder)")
+    return state
+
+
+def record_of(model: nn.Module, name: str) -> Record:
+    records = state_of(model).records
+    if name not in records:
+        raise TunesmithError(f"the model has no adapter named {name!r}{nearest(name, records) or '; it has ' + ', '.join(records)}")
+    return records[name]
+
+
+def hubs(model: nn.Module) -> dict[str, Hub]:
+    """The hubs of an adapted model by site path."""
+    return {m._site.path: m for m in unwrap(model).modules() if isinstance(m, Hub)}
+
+
+def adapters(model: nn.Module, name: str) -> dict[str, Adapter]:
+    """The modules of one named adapter by site path."""
+    record_of(model, name)
+    return {path: hub.adapters[name] for path, hub in hubs(model).items() if name in hub.adapters}
+
+
+def attach(model: nn.Module, name: str, record: Record, built: dict[str, tuple[Site, Adapter]]) -> None:
+    """Put built adapters into the model under a name, and make that name the only active one.
+
+    Raises `TunesmithError` for a name in use or one that cannot be part of a parameter's path.
+    """
+    check_name(model, name)
+    if not built:
+        raise TunesmithError(f"{type(record.config).__name__} has nothing to act on in {type(model).__name__}")
+    state = model.__dict__.get("_tunesmith")
+    if state is None:
+        state = State(flags={path: p.requires_grad for path, p in model.named_parameters()})
+        model.__dict__["_tunesmith"] = state
+        for p in model.parameters():
+            p.requires_grad_(False)
+    for site, adapter in built.values():
+        hub = site.holder._modules.get("tunesmith")
+        if hub is None:
+            hub = Hub(site, state)
+            site.holder.add_module("tunesmith", hub)
+            if not hasattr(type(site.owner), "_tunesmith_base"):
+                site.owner.__class__ = adapted_class(type(site.owner))
+        hub.adapters[name] = adapter.train(site.owner.training)
+    _refuse_fast_path(model)
+    state.records[name] = record
+    record.lineage = record.lineage or [
+        {"name": n, "weight": w, "method": state.records[n].config.method} for n, w in state.merged.items()
+    ]
+    state.active = {name: 1.0}
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise TunesmithError(f"an adapter's name is letters, digits, '_' and '-'; {name!r} is not")
+    state = unwrap(model).__dict__.get("_tunesmith")
+    if state is not None and name in state.records:
+        raise TunesmithError(f"the model has an adapter named {name!r} already; choose another name or detach it first")
+
+
+def _refuse_fast_path(model: nn.Module) -> None:
+    """nn.TransformerEncoderLayer's fused evaluation reads its weights past every forward, unless a hook is there."""
+    for layer in model.modules():
+        if isinstance(layer, nn.TransformerEncoderLayer) and "_tunesmith_hook" not in layer.__dict__:
+            if any(isinstance(m, Hub) for m in layer.modules()):
+                layer.__dict__["_tunesmith_hook"] = layer.register_forward_pre_hook(_nothing)
+
+
+def _nothing(module, args):
+    return None
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by their path in the model."""
+    state_of(model)
+    found = {path: p for path, p in unwrap(model).named_parameters() if p.requires_grad}
+    return {path: p for path, p in found.items() if ".tunesmith." in f".{path}"}
+
+
+def activate(model: nn.Module, names: str | Iterable[str] | Mapping[str, float]) -> None:
+    """Choose the adapters in use: a name, several (applied in that order), names with weights, or `[]` for none.
+
+    With weight w an adapter's effect is below + w·(adapted − below). Only what is active can be trained.
+    Raises `TunesmithError` for an unknown or merged name.
+    """
+    state = state_of(model)
+    weights = {names: 1.0} if isinstance(names, str) else dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
+    for name in weights:
+        record_of(model, name)
+        if name in state.merged:
+            raise TunesmithError(f"adapter {name!r} is merged into the weights; unmerge first")
+    state.active = {name: float(weight) for name, weight in weights.items()}
+    _set_trained(model, set(state.active))
+
+
+def _set_trained(model: nn.Module, names: set[str], only: bool = True) -> None:
+    shared: dict[int, tuple[nn.Parameter, bool]] = {}
+    for hub in hubs(model).values():
+        for name, adapter in hub.adapters.items():
+            for p in adapter.parameters():
+                shared[id(p)] = (p, name in names or shared.get(id(p), (p, False))[1])
+    for p, wanted in shared.values():
+        if (only or wanted) and p.is_floating_point():
+            p.requires_grad_(wanted)
+
+
+@contextmanager
+def disabled(model: nn.Module):
+    """Within the block, the model is its base, bit for bit (merged weights are put aside too)."""
+    state = state_of(model)
+    before, state.enabled = state.enabled, False
+    merged = _restore(model)
+    try:
+        yield model
+    finally:
+        state.enabled = before
+        for hub, values in merged:
+            _install(hub, values)
+
+
+@contextmanager
+def mixed(model: nn.Module, rows: list[str | None]):
+    """Within the block, row i of every batch runs under the adapter `rows[i]` (None: the base). Also trains.
+
+    Inputs may have k·len(rows) rows (beams, flattened tokens); row i then stands for k of them in a row.
+    """
+    state = state_of(model)
+    for name in {name for name in rows if name is not None}:
+        record_of(model, name)
+    if state.merged:
+        raise TunesmithError(f"a mixed batch needs the base's own weights; unmerge {', '.join(state.merged)} first")
+    _set_trained(model, set(rows) - {None}, only=False)
+    before, state.rows = state.rows, list(rows)
+    try:
+        yield model
+    finally:
+        state.rows = before
+
+
+def merge(model: nn.Module, unload: bool = False) -> nn.Module:
+    """Fold the active adapters into the weights. `unload=True` keeps the merged model and drops all else.
+
+    A weight shared with another module (tied embeddings) is untied first: the other keeps the base's value.
+    Raises `TunesmithError`, with nothing changed, when an active adapter has no merged form.
+    """
+    state = state_of(model)
+    names = [n for n in state.active if n not in state.merged]
+    todo = []
+    for path, hub in hubs(model).items():
+        values = hub._site.values
+        for name in names:
+            if name in hub.adapters:
+                if not hub.adapters[name].mergeable:
+                    method = state.records[name].config.method
+                    raise TunesmithError(f"adapter {name!r} ({method}) cannot be merged: at {path!r} it is not a change of the weights; keep it attached")
+                values = fold(hub.adapters[name], hub._site, values, state.active[name])
+        if changed := {n: v for n, v in values.items() if v is not hub._site.values[n]}:
+            todo.append((hub, changed))
+    for hub, changed in todo:
+        own = hub._site.values
+        hub.backup = {n: own[n] for n in changed} | hub.backup
+        _install(hub, {n: nn.Parameter(v.detach().to(own[n].dtype).clone(), requires_grad=False) for n, v in changed.items()})
+    state.merged |= {name: state.active[name] for name in names}
+    if unload:
+        for hub in hubs(model).values():
+            hub.backup = {}
+        state.merged = {}
+        detach(model)
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """The base's weights as they were before `merge`, bit for bit."""
+    state = state_of(model)
+    _restore(model)
+    for hub in hubs(model).values():
+        hub.backup = {}
+    state.merged = {}
+    return model
+
+
+def _install(hub: Hub, values: dict[str, Tensor]) -> None:
+    hub._site.holder._parameters.update(values)
+
+
+def _restore(model: nn.Module) -> list[tuple[Hub, dict]]:
+    """Put the base's parameters in place; returns what was there."""
+    replaced = []
+    for hub in hubs(model).values():
+        if hub.backup:
+            now = {n: hub._site.holder._parameters[n] for n in hub.backup}
+            for name, p in hub.backup.items():
+                p.data = p.data.to(now[name].device)  # the model may have moved since
+            replaced.append((hub, now))
+            _install(hub, hub.backup)
+    return replaced
+
+
+def detach(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Take off one adapter, or all: then the model is what it was before the first `adapt`, bit for bit."""
+    root, state = unwrap(model), state_of(model)
+    gone = list(state.records) if name is None else [name]
+    for each in gone:
+        record_of(model, each)
+    if state.merged.keys() & set(gone):
+        unmerge(model)
+    for hub in hubs(model).values():
+        for each in gone:
+            if each in hub.adapters:
+                del hub.adapters[each]
+        if not hub.adapters and not hub.backup:
+            _remove(hub)
+    for each in gone:
+        del state.records[each]
+        state.active.pop(each, None)
+    if not state.records:
+        for path, p in root.named_parameters():
+            p.requires_grad_(state.flags.get(path, p.requires_grad))
+        for layer in root.modules():
+            if hook := layer.__dict__.pop("_tunesmith_hook", None):
+                hook.remove()
+        del root.__dict__["_tunesmith"]
+    return model
+
+
+def _remove(hub: Hub) -> None:
+    site = hub._site
+    del site.holder._modules["tunesmith"]
+    inside = (site.owner, site.owner.out_proj) if isinstance(site.owner, nn.MultiheadAttention) else (site.owner,)
+    if not any("tunesmith" in m._modules for m in inside):
+        site.owner.__class__ = type(site.owner)._tunesmith_base
+
+
+def check_gradients(model: nn.Module) -> list[str]:
+    """Sites whose active adapters got no gradient at all from the last backward (empty when all did)."""
+    state = state_of(model)
+    lost = []
+    for path, hub in hubs(model).items():
+        for name in state.active:
+            if name in hub.adapters:
+                trained = [p for p in hub.adapters[name].parameters() if p.requires_grad]
+                if trained and all(p.grad is None for p in trained):
+                    lost.append(path)
+    return lost

@@ -1,0 +1,257 @@
+"""Where a model can be adapted: modules found by name and type, each seen as one matrix W (out, in)."""
+
+import re
+import warnings
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import TunesmithError, nearest
+
+Targets = str | list[str] | dict[str, dict]
+
+# What "all-linear" leaves alone is the model's head; these are the attributes that hold the residual width.
+_WIDTHS = ("hidden_size", "d_model", "n_embd", "embed_dim")
+
+
+@dataclass
+class Site:
+    """One place a method acts on.
+
+    `holder` owns the parameters, `owner` is the module whose `forward` reads them (they differ only inside
+    `nn.MultiheadAttention`). For a matrix kind, `weight` names the parameter that `matrix` shows as W (out, in):
+    `linear`, `embedding` (in = vocabulary), `conv` (in = channels per group × kernel), `attention` (fused or separate
+    projections of `nn.MultiheadAttention`). Kinds `norm` and `other` have parameters but no matrix.
+    """
+
+    path: str
+    kind: str
+    holder: nn.Module
+    owner: nn.Module
+    weight: str | None = None
+    bias: str | None = None
+    transposed: bool = False
+    names: tuple[str, ...] = field(default=())
+
+    def __post_init__(self):
+        self.names = self.names or tuple(name for name, p in self.holder.named_parameters(recurse=False))
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """The parameters as they are now, by name."""
+        return {name: self.holder._parameters[name] for name in self.names}
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the matrix."""
+        shape = self.holder._parameters[self.weight].shape
+        out, rest = (shape[1], shape[:1]) if self.transposed else (shape[0], shape[1:])
+        return out, prod(rest)
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.shape[1]
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.holder._parameters[self.weight or self.names[0]]
+
+    def matrix(self, values: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """(W (out, in), b (out,) or None) as views of raw parameter values."""
+        raw = values[self.weight]
+        return (raw.T if self.transposed else raw.flatten(1)), values.get(self.bias)
+
+    def raw(self, W: Tensor, b: Tensor | None) -> dict[str, Tensor]:
+        """The inverse of `matrix`."""
+        values = {self.weight: W.T if self.transposed else W.view(self.holder._parameters[self.weight].shape)}
+        return values if b is None else values | {self.bias: b}
+
+    def call(self, forward, values: dict[str, Tensor], args, kwargs):
+        """The owner's computation with other parameter values."""
+        if self.kind == "linear":
+            W, b = self.matrix(values)
+            return F.linear(*args, W.to(args[0].dtype), None if b is None else b.to(args[0].dtype))
+        with swapped(self.holder, values):
+            return forward(self.owner, *args, **kwargs)
+
+    def apply(self, x: Tensor, W: Tensor) -> Tensor:
+        """This site's operator with another matrix W (r, in) and no bias: a linear map, a look-up or a convolution."""
+        if self.kind == "embedding":
+            return F.embedding(x, W.T)
+        W = W.to(x.dtype)
+        if self.kind == "conv":
+            m = self.holder
+            return m._conv_forward(x, W.view(len(W), *m.weight.shape[1:]), None)
+        return F.linear(x, W)
+
+    def mix(self, h: Tensor, B: Tensor) -> Tensor:
+        """B (out, r) applied to the channels of h, which `apply` made."""
+        B = B.to(h.dtype)
+        return F.linear(h.movedim(1, -1), B).movedim(-1, 1) if self.kind == "conv" else F.linear(h, B)
+
+
+class swapped:
+    """Within the block, `module`'s own parameters have other values (tensors that may carry gradients)."""
+
+    def __init__(self, module: nn.Module, values: dict[str, Tensor]):
+        self.parameters, self.values = module._parameters, values
+
+    def __enter__(self):
+        self.before = {name: self.parameters[name] for name in self.values}
+        self.parameters.update(self.values)
+
+    def __exit__(self, *exc):
+        self.parameters.update(self.before)
+
+
+def kind_of(module: nn.Module) -> str:
+    """`linear`, `embedding`, `conv`, `attention`, `norm`, `other` (has parameters of its own) or `container`."""
+    weight = module._parameters.get("weight")
+    if isinstance(module, nn.MultiheadAttention):
+        return "attention"
+    if isinstance(module, nn.Linear) or _is_gpt2_conv1d(module):
+        return "linear"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return "conv"
+    if weight is not None and weight.dim() == 1 and "norm" in type(module).__name__.lower():
+        return "norm"
+    return "other" if any(p is not None for p in module._parameters.values()) else "container"
+
+
+def _is_gpt2_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")  # weight is (in, out)
+
+
+def sites(model: nn.Module) -> list[Site]:
+    """Every place with parameters, in the model's order (adapters already attached are not part of the model)."""
+    found = []
+    attention = {}  # out_proj of an nn.MultiheadAttention is read by its parent, never called
+    for path, module in model.named_modules():
+        if path.split(".")[-1] == "tunesmith" or ".tunesmith." in f".{path}.":
+            continue
+        kind = kind_of(module)
+        if kind == "attention":
+            attention[id(module.out_proj)] = module
+            projections = {"in_proj": "in_proj_weight"} if module.in_proj_weight is not None else {}
+            projections |= {p: f"{p}_weight" for p in ("q_proj", "k_proj", "v_proj") if getattr(module, f"{p}_weight") is not None}
+            for name, weight in projections.items():
+                bias = "in_proj_bias" if name == "in_proj" and module.in_proj_bias is not None else None
+                found.append(Site(f"{path}.{name}".lstrip("."), kind, module, module, weight, bias, names=(weight,) + ((bias,) if bias else ())))
+            continue
+        if kind == "container":
+            continue
+        owner = attention.get(id(module), module)
+        if kind in ("norm", "other"):
+            found.append(Site(path, kind, module, owner))
+            continue
+        if owner is not module:
+            kind = "attention"
+        bias = "bias" if module._parameters.get("bias") is not None else None
+        transposed = kind == "embedding" or _is_gpt2_conv1d(module)
+        found.append(Site(path, kind, module, owner, "weight", bias, transposed))
+    return found
+
+
+def width(model: nn.Module) -> int | None:
+    """The residual stream's width, from the config or else the commonest input of a linear layer."""
+    config = getattr(model, "config", None)
+    for name in _WIDTHS:
+        if isinstance(value := getattr(config, name, None), int):
+            return value
+    inputs = [s.in_features for s in sites(model) if s.kind == "linear"]
+    return max(set(inputs), key=inputs.count) if inputs else None
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The part of a Hugging Face model below its head (`model` itself where there is no such part)."""
+    inner = getattr(model, "base_model", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def head_paths(model: nn.Module) -> list[str]:
+    """Paths of the head: what a Hugging Face model has outside its backbone, or the last linear layer."""
+    get = getattr(model, "get_output_embeddings", None)
+    output = get() if get else None
+    inside = {id(m) for m in backbone(model).modules()}
+    bare = hasattr(model, "base_model_prefix") and backbone(model) is model  # a backbone has no head
+    heads = [s.path for s in sites(model) if s.holder is output or id(s.holder) not in inside]
+    if heads or bare:
+        return heads
+    linear = [s.path for s in sites(model) if s.kind == "linear"]
+    return linear[-1:]
+
+
+def matches(pattern: str, path: str) -> bool:
+    """True where `path` is `pattern`, ends in `.pattern`, or matches it whole as a regular expression."""
+    if path == pattern or path.endswith("." + pattern):
+        return True
+    try:
+        return re.fullmatch(pattern, path) is not None
+    except re.error:
+        return False
+
+
+def find(model: nn.Module, targets: Targets, works_on: tuple[str, ...], method: str = "the method", skip: list[str] = ()) -> dict[str, tuple[Site, dict]]:
+    """The sites that `targets` names, as path → (site, overrides).
+
+    `targets`: `"all-linear"` (every linear layer but the head; convolutions where a model has no other),
+    a suffix or regular expression, a list of them, or a mapping from pattern to overrides (first match wins).
+    `skip`: module paths left out with all below them.
+
+    Raises `TunesmithError` when nothing matches, or a match is of a kind the method cannot act on; warns of a
+    pattern in a list that matched nothing.
+    """
+    known = [s for s in sites(model) if not any(s.path == p or s.path.startswith(p + ".") for p in skip)]
+    if targets == "all-linear":
+        return {s.path: (s, {}) for s in _all_linear(model, known, works_on, method)}
+    patterns = {targets: {}} if isinstance(targets, str) else targets if isinstance(targets, dict) else dict.fromkeys(targets, {})
+    found, used = {}, set()
+    for site in known:
+        for pattern, overrides in patterns.items():
+            if matches(pattern, site.path):
+                found[site.path] = (site, overrides)
+                used.add(pattern)
+                break
+    for pattern in [p for p in patterns if p not in used]:
+        message = _unmatched(model, pattern, known, method)
+        if not found:
+            raise TunesmithError(message)
+        warnings.warn(message, stacklevel=3)
+    for site, _ in found.values():
+        if site.kind not in works_on:
+            able = [s.path for s in known if s.kind in works_on]
+            hint = f"; it works on {', '.join(works_on)} layers" + (f", here for instance {able[0]!r}" if able else "")
+            raise TunesmithError(f"{method} cannot act on {site.path!r}, a {site.kind} layer ({type(site.holder).__name__}){hint}")
+    return found
+
+
+def _all_linear(model: nn.Module, known: list[Site], works_on: tuple[str, ...], method: str) -> list[Site]:
+    heads = head_paths(model)
+    for kinds in (("linear", "attention"), ("conv",), ("embedding",), ("norm",), ("other",)):
+        if found := [s for s in known if s.kind in kinds and s.kind in works_on and s.path not in heads]:
+            return found
+    raise TunesmithError(f"{method} found no layer it can act on in {type(model).__name__}; it works on {', '.join(works_on)} layers")
+
+
+def _unmatched(model: nn.Module, pattern: str, known: list[Site], method: str) -> str:
+    paths = [s.path for s in known]
+    inside = [path for path, _ in model.named_modules() if matches(pattern, path) and path]
+    if inside and (below := [p for p in paths if p.startswith(inside[0] + ".")]):
+        return f"target {pattern!r} of {method} matches {inside[0]!r}, which holds no weights itself; name layers inside it, such as {below[0]!r}"
+    names = {p.split(".")[-1] for p in paths} | set(paths)
+    hint = nearest(pattern, names) or f"; the model's layers end in {', '.join(sorted({p.split('.')[-1] for p in paths})[:12])}"
+    return f"target {pattern!r} of {method} matches no layer of {type(model).__name__}{hint}"
+
+
+def float_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype an adapter of this weight trains in: float32, or float64 over a float64 base."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -1,0 +1,91 @@
+"""Adapters that put virtual tokens in front of a Hugging Face model's input: masks, positions, caches, outputs."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TunesmithError
+from .adapter import Adapter, Base
+from .sites import Site, backbone
+
+
+def token_site(module: nn.Module, model: nn.Module) -> Site:
+    """The site of a whole backbone or stack, whose forward takes `input_ids`."""
+    path = next(path for path, m in model.named_modules() if m is module)
+    return Site(path, "tokens", module, module, names=())
+
+
+def token_backbone(model: nn.Module, method: str) -> nn.Module:
+    """Raises `TunesmithError` for a model that does not read token ids."""
+    inner = backbone(model)
+    if "input_ids" not in inspect.signature(inner.forward).parameters or not hasattr(inner, "get_input_embeddings"):
+        raise TunesmithError(f"{method} acts on the input tokens of a Hugging Face language model; {type(model).__name__} takes none")
+    return inner
+
+
+class TokenAdapter(Adapter):
+    """Shared by prompt and prefix methods; `length` is the number of virtual tokens."""
+
+    length: int
+
+    @classmethod
+    def mixed(cls, base, rows, *args, **kwargs):
+        call = arguments(base, args, kwargs)
+        if cached(call) is not None:
+            raise TunesmithError("a mixed batch with virtual tokens cannot share a KV cache; generate for one adapter at a time")
+        if "use_cache" in inspect.signature(base.forward).parameters:
+            call["use_cache"] = False
+        return super().mixed(base, rows, **call)
+
+
+def arguments(base: Base, args, kwargs) -> dict[str, Any]:
+    """The call's arguments by name."""
+    bound = inspect.signature(base.forward).bind_partial(base.site.owner, *args, **kwargs)
+    call = dict(list(bound.arguments.items())[1:])
+    return call | call.pop("kwargs", {})
+
+
+def cache_name(base: Base) -> str:
+    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
+
+
+def cached(call: dict):
+    return call.get("cache", call.get("past_key_values"))
+
+
+def past(cache) -> int:
+    """Tokens already in a KV cache."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def extend(call: dict, length: int, new: bool) -> None:
+    """Make room for `length` virtual tokens before the text in masks, positions and token types.
+
+    `new`: the virtual tokens are part of this call's input; otherwise they are in the cache already.
+    """
+    mask = call.get("attention_mask")
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            raise TunesmithError("virtual tokens need a 2-D attention mask (batch, tokens); packed or 4-D masks cannot be extended")
+        call["attention_mask"] = torch.cat([mask.new_ones(len(mask), length), mask], 1)
+    positions = call.get("position_ids")
+    if positions is not None:
+        call["position_ids"] = positions = positions + length
+        if new:
+            front = torch.arange(length, device=positions.device).expand(*positions.shape[:-1], length)
+            call["position_ids"] = torch.cat([front, positions], -1)
+    types = call.get("token_type_ids")
+    if types is not None and new:
+        call["token_type_ids"] = torch.cat([types.new_zeros(len(types), length), types], 1)
+
+
+def trim(output, length: int):
+    """The output without the virtual positions, so that it aligns with the caller's tokens and labels."""
+    if isinstance(output, tuple):
+        return (output[0][:, length:], *output[1:])
+    output.last_hidden_state = output.last_hidden_state[:, length:]
+    if getattr(output, "hidden_states", None) is not None:
+        output.hidden_states = tuple(h[:, length:] for h in output.hidden_states)
+    return output

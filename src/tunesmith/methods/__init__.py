@@ -1,0 +1,30 @@
+"""Every method, one file each. To add one: write its file and import its class here."""
+
+from dataclasses import dataclass
+
+from .dora import DoRA
+from .full import BitFit, Full, LinearProbe, LNTuning
+from .ia3 import IA3
+from .lora import LoRA, PiSSA, RSLoRA
+from .method import Method, adapt, parse, registry
+from .prefix_tuning import PrefixTuning
+from .prompt_tuning import PromptTuning
+from .series_adapter import SeriesAdapter
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What the registry says of a method."""
+
+    name: str
+    family: str
+    title: str
+    paper: str
+    mergeable: bool
+    quantized_base_ok: bool
+    works_on: tuple[str, ...]
+
+
+def methods() -> list[MethodInfo]:
+    """Every registered method."""
+    return [MethodInfo(name, *(getattr(cls, f) for f in ("family", "title", "paper", "mergeable", "quantized_base_ok", "works_on"))) for name, cls in registry.items()]

@@ -1,0 +1,199 @@
+"""What every method is: a validated config that builds its adapters and states its facts."""
+
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+
+from ..engine.adapter import Adapter, ValueAdapter
+from ..engine.model import Record, attach, check_name, unwrap
+from ..engine.sites import Site, Targets, find, float_dtype, matches, sites
+from ..errors import TunesmithError, nearest
+
+registry: dict[str, type["Method"]] = {}
+
+Rank = Annotated[int, Field(ge=1, le=65536)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Method(BaseModel):
+    """A method's config. A subclass sets the facts below, adds its fields, and defines `layer` and `count`.
+
+    `method` is the registry name, `works_on` the layer kinds (linear, embedding, conv, attention, norm, other),
+    `identity` says whether the model's output is unchanged at initialisation.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, arbitrary_types_allowed=False)
+
+    method: ClassVar[str] = ""
+    family: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    works_on: ClassVar[tuple[str, ...]] = ("linear",)
+    mergeable: ClassVar[bool] = True
+    quantized_base_ok: ClassVar[bool] = False
+    identity: ClassVar[bool] = True
+    default_lr: ClassVar[float] = 1e-3
+
+    targets: Targets = Field("all-linear", description='"all-linear", a suffix or regex, a list of them, or a mapping pattern → overrides')
+    modules_to_save: list[str] = Field([], description="modules trained in full beside the adapter and saved with it, such as a new head")
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs):
+        super().__pydantic_init_subclass__(**kwargs)
+        if name := cls.__dict__.get("method"):
+            registry[name] = cls
+
+    def layer(self, site: Site) -> Adapter:
+        """The adapter of one site, newly initialised."""
+        raise TypeError(f"{type(self).__name__} defines no layer")
+
+    def count(self, site: Site) -> int:
+        """Trained parameters at one site, in closed form."""
+        raise TypeError(f"{type(self).__name__} defines no count")
+
+    def default(self, model: nn.Module) -> list[Site]:
+        """The sites of `targets="default"`, for methods whose paper has its own choice."""
+        return []
+
+    def select(self, model: nn.Module) -> dict[str, tuple[Site, dict]]:
+        """The sites acted on, as path → (site, overrides of this config's fields)."""
+        skip = self.saved_paths(model)
+        if self.targets != "default":
+            return find(model, self.targets, self.works_on, self.method, skip)
+        chosen = [s for s in self.default(model) if not any(s.path == p or s.path.startswith(p + ".") for p in skip)]
+        return {s.path: (s, {}) for s in chosen} or find(model, "all-linear", self.works_on, self.method, skip)
+
+    def build(self, model: nn.Module, configs: dict[str, "Method"], by_path: dict[str, Site]) -> dict[str, tuple[Site, Adapter]]:
+        """The adapters of all sites; override where sites share parameters."""
+        return {path: (by_path[path], config.layer(by_path[path])) for path, config in configs.items()}
+
+    def saved_paths(self, model: nn.Module) -> list[str]:
+        """The modules that `modules_to_save` names. Raises `TunesmithError` for a name that matches none."""
+        found = []
+        paths = [p for p, _ in model.named_modules() if p and ".tunesmith" not in f".{p}"]
+        for pattern in self.modules_to_save:
+            hits = [p for p in paths if matches(pattern, p)]
+            if not hits:
+                raise TunesmithError(f"modules_to_save names {pattern!r}, which {type(model).__name__} does not have{nearest(pattern, {p.split('.')[-1] for p in paths})}")
+            found += hits
+        return found
+
+    def param_groups(self, adapters: dict[str, Adapter], lr: float) -> list[dict]:
+        """Optimiser groups for this method's adapters (one, unless the method has its own rule)."""
+        return [{"params": list({id(p): p for a in adapters.values() for p in a.parameters() if p.requires_grad}.values()), "lr": lr}]
+
+    peft_type: ClassVar[str | None] = None  # what Hugging Face peft calls this method; None where it has no word for it
+    peft_by_site: ClassVar[bool] = True  # its tensors' keys begin with a module's path
+
+    @classmethod
+    def reads_peft(cls, fields: dict) -> bool:
+        """Whether a peft config is this method's."""
+        return cls.peft_type is not None and fields.get("peft_type") == cls.peft_type
+
+    def to_peft(self, configs: dict[str, "Method"], model: nn.Module) -> dict[str, Any]:
+        """The method's own fields of adapter_config.json."""
+        return {"target_modules": sorted(configs)}
+
+    @classmethod
+    def from_peft(cls, fields: dict, model: nn.Module, found: dict[str, torch.Tensor]) -> tuple["Method", dict[str, dict]]:
+        """(config, overrides by site path) of a peft config and its tensors by `module path.tensor`."""
+        raise TypeError(f"{cls.__name__} reads no peft files")
+
+    def peft_tensors(self, site: Site, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """peft's names and shapes for an adapter's tensors."""
+        return own
+
+    def own_tensors(self, site: Site, theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The inverse of `peft_tensors`."""
+        return theirs
+
+    def dump(self) -> dict[str, Any]:
+        """JSON that `parse` reads back."""
+        return {"method": self.method, **self.model_dump(mode="json")}
+
+
+def parse(method: "Method | str | dict") -> Method:
+    """A method's config from its name, a mapping with the key `method`, or itself.
+
+    Raises `TunesmithError` for an unknown name, field or value, with the nearest right one.
+    """
+    if isinstance(method, Method):
+        return method
+    fields = {"method": method} if isinstance(method, str) else dict(method) if isinstance(method, dict) else None
+    if not fields or not isinstance(name := fields.pop("method", None), str):
+        raise TunesmithError(f"a method is a name, a mapping with the key 'method' or a config such as LoRA(rank=8), not {method!r}")
+    if name not in registry:
+        raise TunesmithError(f"unknown method {name!r}{nearest(name, registry) or '; there are ' + ', '.join(registry)}")
+    return _validated(registry[name], fields)
+
+
+def _validated(cls: type[Method], fields: dict) -> Method:
+    try:
+        return cls(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise TunesmithError(f"method {cls.method!r} has no field {key!r}{nearest(key, cls.model_fields) or '; it has ' + ', '.join(cls.model_fields)}") from None
+        raise TunesmithError(f"method {cls.method!r}: {key}={first['input']!r} is not valid: {first['msg'].lower()}") from None
+
+
+def override(config: Method, fields: dict) -> Method:
+    """`config` with some fields changed, or another method's config when `fields` names one."""
+    if not fields:
+        return config
+    if "method" in fields:
+        return parse(fields)
+    kept = config.model_dump(exclude={"targets", "modules_to_save"}, exclude_unset=True)
+    return _validated(type(config), {**kept, **fields})
+
+
+def adapt(model: nn.Module, method: "Method | str | dict", name: str = "default", targets: Targets | None = None) -> nn.Module:
+    """Attach a method to a model, in place; the new adapter is the active one. Returns the model.
+
+    `method`: a config (`LoRA(rank=8)`), a name (`"lora"`) or a mapping. `targets` overrides the config's.
+    Raises `TunesmithError` for an unknown method, a target that matches nothing or cannot be adapted.
+    """
+    config = parse(method)
+    if targets is not None:
+        config = _validated(type(config), config.model_dump(exclude_unset=True) | {"targets": targets})
+    model = unwrap(model)
+    check_name(model, name)
+    chosen = config.select(model)
+    configs = {path: override(config, overrides) for path, (_, overrides) in chosen.items()}
+    attach(model, name, Record(config, configs), build(config, model, configs, {p: s for p, (s, _) in chosen.items()}))
+    return model
+
+
+def build(config: Method, model: nn.Module, configs: dict[str, Method], by_path: dict[str, Site]) -> dict[str, tuple[Site, Adapter]]:
+    """Adapters of every site and full copies of `modules_to_save`, not yet attached."""
+    groups: dict[type, dict[str, Method]] = {}
+    for path, each in configs.items():
+        groups.setdefault(type(each), {})[path] = each
+    built = {}
+    for members in groups.values():
+        built |= next(iter(members.values())).build(model, members, by_path)
+    return built | {s.path: (s, values_of(s)) for s in saved_sites(config, model)}
+
+
+def saved_sites(config: Method, model: nn.Module) -> list[Site]:
+    """The places with parameters in and below `modules_to_save`."""
+    saved = config.saved_paths(model)
+    return [s for s in sites(model) if any(s.path == p or s.path.startswith(p + ".") for p in saved)]
+
+
+def values_of(site: Site, names: tuple[str, ...] | None = None, shared: dict | None = None) -> ValueAdapter:
+    """Trainable copies of a site's parameters; parameters that are one object in the model stay one in `shared`."""
+    shared = {} if shared is None else shared
+    for name in names or site.names:
+        p = site.holder._parameters[name]
+        if id(p) not in shared:
+            shared[id(p)] = nn.Parameter(p.detach().to(float_dtype(p)).clone())
+    return ValueAdapter({name: shared[id(site.holder._parameters[name])] for name in names or site.names})
+
+
+def empty(*shape: int, like: torch.Tensor) -> nn.Parameter:
+    """An adapter's parameter, not yet filled, on the base weight's device and in an adapter's dtype."""
+    return nn.Parameter(torch.empty(shape, dtype=float_dtype(like), device=like.device))

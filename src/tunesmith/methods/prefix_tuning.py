@@ -1,0 +1,157 @@
+"""Prefix tuning: learned keys and values in front of every layer's own."""
+
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import nn
+
+from ..engine.sites import backbone, width
+from ..engine.tokens import TokenAdapter, arguments, cache_name, cached, extend, past, token_backbone, token_site
+from ..errors import TunesmithError
+from .method import Method, empty
+
+
+class PrefixLayer(TokenAdapter):
+    """Every layer's cache starts with m learned pairs; prefix (m, 2·layers·kv_heads·head_dim) as layer 0 K, layer 0 V, layer 1 K, …
+
+    Keys enter as they are (no rotary embedding); the text starts at position m.
+    """
+
+    def __init__(self, config: "PrefixTuning", shapes: list[tuple[int, int]], like):
+        super().__init__()
+        self.length, self.shapes = config.tokens, shapes
+        self.prefix = empty(config.tokens, 2 * sum(h * d for h, d in shapes), like=like)
+        nn.init.normal_(self.prefix)
+
+    def pairs(self, batch: int, dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Per layer, keys and values (batch, kv_heads, m, head_dim)."""
+        pieces = self.prefix.to(dtype).split([h * d for h, d in self.shapes for _ in "kv"], dim=1)
+        heads = [p.view(self.length, h, d).transpose(0, 1).expand(batch, -1, -1, -1) for p, (h, d) in zip(pieces, [s for s in self.shapes for _ in "kv"], strict=True)]
+        return list(zip(heads[::2], heads[1::2], strict=True))
+
+    def forward(self, base, *args, **kwargs):
+        call = arguments(base, args, kwargs)
+        cache, owner = cached(call), base.site.owner
+        inputs = call.get("input_ids") if call.get("input_ids") is not None else call["inputs_embeds"]
+        extend(call, self.length, new=False)
+        if past(cache):
+            return base(**call)
+        pairs = self.pairs(len(inputs), next(owner.parameters()).dtype)
+        name = cache_name(base)
+        if cache is None and self.training and torch.is_grad_enabled():
+            call[name] = _read_only(pairs)
+            if "use_cache" in call:
+                call["use_cache"] = False
+            with _cache_under_checkpointing(owner):
+                return base(**call)
+        call[name] = _filled(_new_cache() if cache is None else cache, pairs)
+        return base(**call)
+
+
+def _new_cache():
+    from transformers import DynamicCache
+
+    return DynamicCache()
+
+
+def _filled(cache, pairs):
+    for i, (k, v) in enumerate(pairs):
+        cache.update(k, v, i)
+    return cache
+
+
+def _read_only(pairs):
+    """A cache that layers read but do not grow, so that a layer recomputed in the backward finds it unchanged."""
+    cache = _filled(_new_cache(), pairs)
+    cache.update = lambda k, v, layer, *args, **kwargs: (torch.cat([pairs[layer][0], k], -2), torch.cat([pairs[layer][1], v], -2))
+    return cache
+
+
+@contextmanager
+def _cache_under_checkpointing(owner: nn.Module):
+    """transformers drops a cache from checkpointed layers unless they say that they only read it."""
+    layers = [m for m in owner.modules() if getattr(m, "gradient_checkpointing", False) and hasattr(m, "_can_checkpoint_with_cache")]
+    for layer in layers:
+        layer._can_checkpoint_with_cache = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer._can_checkpoint_with_cache
+
+
+class PrefixTuning(Method):
+    """Prefix tuning (Li and Liang 2021, arXiv 2101.00190) as learned keys and values, without the reparametrising MLP."""
+
+    method, family, title, paper = "prefix-tuning", "prompt", "Prefix tuning", "arXiv:2101.00190"
+    works_on = ("tokens",)
+    mergeable = False
+    quantized_base_ok = True
+    identity = False
+    default_lr = 3e-2
+
+    targets: Literal["tokens"] = "tokens"
+    tokens: PositiveInt = 20
+
+    def select(self, model):
+        inner = token_backbone(model, self.method)
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise TunesmithError("prefix-tuning works on decoder-only and encoder-only models; prompt-tuning works on encoder-decoders")
+        site = token_site(inner, model)
+        return {site.path: (site, {})}
+
+    def build(self, model, configs, by_path):
+        (path,) = configs
+        site = by_path[path]
+        return {path: (site, PrefixLayer(self, cache_shapes(site.owner), next(site.owner.parameters())))}
+
+    def count(self, site):
+        return self.tokens * 2 * sum(h * d for h, d in cache_shapes(site.owner))
+
+    peft_type, peft_by_site = "PREFIX_TUNING", False
+
+    def to_peft(self, configs, model):
+        shapes = cache_shapes(model)
+        if len(set(shapes)) > 1:
+            raise TunesmithError("the peft format needs the same key and value heads in every layer; save this prefix with format='tunesmith'")
+        (heads, dim), hidden = shapes[0], width(model)
+        return {
+            "num_virtual_tokens": self.tokens, "token_dim": heads * dim, "num_attention_heads": heads, "num_layers": len(shapes),
+            "num_transformer_submodules": 1, "prefix_projection": False, "encoder_hidden_size": hidden,
+        }  # fmt: skip
+
+    @classmethod
+    def from_peft(cls, fields, model, found):
+        config = cls(tokens=len(found["prompt_embeddings"]))
+        return config, dict.fromkeys(config.select(model), {})
+
+    def peft_tensors(self, site, own):
+        return {"prompt_embeddings": own["prefix"]}
+
+    def own_tensors(self, site, theirs):
+        return {"prefix": theirs["prompt_embeddings"]}
+
+
+def cache_shapes(model: nn.Module) -> list[tuple[int, int]]:
+    """(kv_heads, head_dim) of each layer, seen from the cache that one token leaves."""
+    training = model.training
+    cache = _new_cache()
+    inner = backbone(model)
+    device = next(inner.parameters()).device
+    try:
+        with torch.no_grad():
+            inner.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), **{_cache_argument(inner): cache})
+    finally:
+        inner.train(training)
+    layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    if not layers:
+        raise TunesmithError(f"prefix-tuning needs attention layers with a KV cache; {type(model).__name__} keeps none")
+    return [(layer.keys.shape[1], layer.keys.shape[3]) for layer in layers]
+
+
+def _cache_argument(model: nn.Module) -> str:
+    import inspect
+
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -1,0 +1,3 @@
+"""Optimisers over a model's adapters."""
+
+from .build import build

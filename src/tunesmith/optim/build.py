@@ -1,0 +1,28 @@
+"""An optimiser with the parameter groups that the methods ask for."""
+
+import torch
+from torch import nn
+
+from ..engine.model import adapters, state_of
+from ..errors import TunesmithError, nearest
+
+OPTIMIZERS = {"adamw": torch.optim.AdamW}
+
+
+def build(model: nn.Module, name: str = "adamw", lr: float = 1e-3, weight_decay: float = 0.0, **options) -> torch.optim.Optimizer:
+    """An optimiser of everything `trainable(model)` lists; each method groups its own parameters (LoRA+ does).
+
+    Vectors (norms, biases, magnitudes) get no weight decay. Raises `TunesmithError` for an unknown name.
+    """
+    if name not in OPTIMIZERS:
+        raise TunesmithError(f"unknown optimizer {name!r}{nearest(name, OPTIMIZERS) or '; there are ' + ', '.join(OPTIMIZERS)}")
+    groups, seen = [], set()
+    for adapter, record in state_of(model).records.items():
+        for group in record.config.param_groups(adapters(model, adapter), lr):
+            new = [p for p in group["params"] if id(p) not in seen]
+            seen |= {id(p) for p in new}
+            for decay in (weight_decay, 0.0):
+                part = [p for p in new if (p.dim() > 1) == (decay is weight_decay)] if weight_decay else new if decay is weight_decay else []
+                if part:
+                    groups.append(group | {"params": part, "weight_decay": decay})
+    return OPTIMIZERS[name](groups, lr=lr, weight_decay=weight_decay, **options)

@@ -1,0 +1,340 @@
+"""The recipe, carried out. Reads top to bottom: data, model, adapter, steps, evaluation, run folder.
+
+Runs on one process, or on several under `torchrun` / `accelerate launch`: each takes its share of every step's batches,
+gradients are summed, and process 0 alone evaluates and writes.
+"""
+
+import errno
+import json
+import math
+import os
+import random
+import shutil
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import tunesmith as ts
+
+from .. import data, methods, models, optim
+from ..errors import TunesmithError
+from . import checkpoint, memory, report
+from . import folder as run_folder
+from .evaluate import evaluate
+from .metrics import Metrics
+from .prepare import assert_learning, prepare, with_head
+from .recipe import Recipe
+
+CHECKPOINT_S = 60.0
+
+Tell = Callable[[dict], None]
+"""Told of every {"event": "note" | "start" | "step" | "log" | "eval" | "end", ...}."""
+
+
+@dataclass
+class RunResult:
+    folder: Path
+    metrics: dict[str, float]  # of the kept adapter on the evaluation data
+    summary: dict
+
+
+def run(recipe: Recipe, progress: Tell | None = None, resume: bool = False, overwrite: bool = False) -> RunResult:
+    """Train as `recipe` says and leave a run folder; with `resume`, go on where a killed run of the same recipe stopped.
+
+    Raises `TunesmithError` for bad input, before anything is written; when the loss is no longer a number; and when the disk
+    is full, with the last checkpoint intact.
+    """
+    try:
+        return _run(recipe, progress, resume, overwrite)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise TunesmithError(
+            f"the disk is full: nothing is lost up to the last checkpoint; make room and go on with `tunesmith train {recipe.output or 'RUN'} --resume`"
+        ) from error
+
+
+def _run(recipe, progress, resume, overwrite):
+    device, rank, world = processes(recipe.device)
+    tell = progress if progress and rank == 0 else lambda event: None
+
+    # Data: what is learned, what chooses the adapter that is kept, what is scored once at the end.
+    rows = data.load(recipe.data, recipe.split, recipe.limit)
+    task = data.tasks.get(recipe.task or data.tasks.guess(rows))
+    columns = task.columns(rows, recipe.columns)
+    labels = task.labels(rows, columns)
+    train, held = rows, None
+    if recipe.eval:
+        held = data.load(recipe.eval, recipe.eval_split, recipe.eval_limit)
+    elif recipe.holdout:
+        train, held = data.split(rows, recipe.holdout, recipe.seed, columns.get("label") if labels else None)
+        held = data.sample(held, recipe.eval_limit)
+    test = data.load(recipe.test, recipe.eval_split, recipe.eval_limit) if recipe.test else None
+    for source, other in ((recipe.eval, held), (recipe.test, test)):
+        if source:
+            task.columns(other, columns)
+            if labels:
+                check_labels(source, other, columns["label"], labels)
+    tell({"event": "note", "text": f"task {task.name}: " + ", ".join(f"{role} from {column!r}" for role, column in columns.items())})
+    tell({"event": "note", "text": f"{len(train):,} rows to train on, {len(held) if held is not None else 0:,} to evaluate on"})
+
+    method = methods.parse(recipe.method)
+    recipe = recipe.model_copy(
+        update={
+            "task": task.name,
+            "columns": columns,
+            "method": method.dump(),
+            "lr": recipe.lr or method.default_lr,
+            "dtype": recipe.dtype or ("bfloat16" if device.type == "cuda" else "float32"),
+            "output": recipe.output or run_folder.default(recipe.model, method.method, task.name),
+        }
+    )
+    folder = Path(recipe.output)
+    run_folder.check(folder, recipe, resume, overwrite)
+    if resume and (folder / "summary.json").exists():
+        tell({"event": "note", "text": f"the run in {folder} is finished already"})
+        report.write(folder)
+        summary = json.loads((folder / "summary.json").read_text())
+        return RunResult(folder, summary["eval"], summary)
+
+    # Model, and the examples tokenised once. A step takes `share` batches, one or more for each process.
+    model, tokenizer = models.load(recipe.model, task.name, labels, recipe.dtype, recipe.seed)
+    model.to(device)
+    examples = task.encode(train, columns, tokenizer, labels, recipe.max_length)
+    if recipe.packing:
+        if task.name != "sft":
+            raise TunesmithError(f"packing is for task sft, not {task.name}; set packing=false")
+        examples = data.pack(examples, recipe.max_length)
+    pad_id = tokenizer.pad_token_id or 0
+    share = recipe.accumulate * world
+    epoch_batches: dict[int, list] = {}
+
+    def batches(epoch: int) -> list[list[int]]:
+        if epoch not in epoch_batches:
+            epoch_batches.clear()
+            epoch_batches[epoch] = data.batches(examples, recipe.batch_size, recipe.seed, epoch)
+        return epoch_batches[epoch]
+
+    per_epoch = math.ceil(len(batches(0)) / share)
+    total = min(recipe.epochs * per_epoch, recipe.max_steps or math.inf)
+    eval_every = recipe.eval_every or per_epoch
+
+    def score(rows):
+        more = {"max_new_tokens": recipe.max_new_tokens} if recipe.max_new_tokens else {}
+        return evaluate(model, tokenizer, task, rows, columns, labels, batch_size=recipe.eval_batch_size, **more)
+
+    # The untouched model first, where asked; then the adapter and its optimiser.
+    state_file = folder / "checkpoint" / "state.pt"
+    go_on = resume and state_file.exists()
+    base = {}
+    if recipe.baseline and rank == 0 and not go_on:
+        base = {name: score(rows) for name, rows in (("eval", held), ("test", test)) if rows is not None}
+    seed(recipe.seed, "adapter")
+    ts.adapt(model, with_head(method, model) if task.name == "classification" else method)
+    prepare(model, recipe.gradient_checkpointing)
+    parameters = ts.trainable(model)
+    optimizer = optim.build(model, recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay, betas=recipe.betas)
+    peak_rates = [group["lr"] for group in optimizer.param_groups]
+    size = ts.summary(model)
+    if recipe.packing and any(site.kind == "tokens" for site in size.sites):
+        raise TunesmithError(f"{method.method} puts its tokens before a row, not before each example packed into it; set packing=false")
+
+    # The run folder: from here on there is something to resume.
+    if rank == 0:
+        counts = {"rows": len(rows), "train_rows": len(train), "eval_rows": len(held) if held is not None else 0}
+        about = {"source": recipe.data, "task": task.name, **counts, "columns": columns, "labels": labels}
+        run_folder.start(folder, recipe, about | {"fingerprint": data.fingerprint(rows)}, overwrite)
+    if world > 1:
+        dist.barrier()
+    state = checkpoint.read(state_file, parameters, optimizer) if go_on else checkpoint.Progress()
+    for name, result in base.items():
+        state.baseline[name] = result.metrics
+        run_folder.write_rows(folder / f"{name}_base.jsonl", result.predictions)
+    log = Metrics(folder, state) if rank == 0 else None
+    tell({"event": "start", "folder": str(folder), "step": state.step, "total": total, "summary": str(size)})
+
+    memory.reset(device)
+    began, saved_at, spent = time.monotonic(), time.monotonic(), state.time_s
+    model.train()
+    while state.step < total and not state.stopped:
+        # One step: this process's batches, each loss weighted by its share of the step's predicted tokens.
+        step_began = time.monotonic()
+        epoch, index = divmod(state.step, per_epoch)
+        mine = batches(epoch)[index * share : (index + 1) * share][rank::world]
+        inputs = [to(data.collate([examples[i] for i in batch], pad_id, "right", model.dtype), device) for batch in mine]
+        count = reduced(sum(predicted(batch["labels"], task) for batch in inputs), device, world)
+        rate = schedule(state.step, total, recipe.warmup, recipe.schedule)
+        for group, peak in zip(optimizer.param_groups, peak_rates, strict=True):
+            group["lr"] = peak * rate
+        seed(recipe.seed, "step", state.step, rank)
+        loss = 0.0
+        for batch in inputs:
+            part = loss_of(model, batch, task) * (predicted(batch["labels"], task) / max(count, 1))
+            part.backward()
+            loss += part.item()
+        loss = reduced(loss, device, world)
+        if state.step == 0 and rank == 0 and math.isfinite(loss) and (warning := assert_learning(model)):
+            tell({"event": "note", "text": warning})
+        sum_gradients(parameters.values(), world)
+        norm = nn.utils.clip_grad_norm_(parameters.values(), recipe.grad_clip or math.inf)
+        if not math.isfinite(loss) or not torch.isfinite(norm):
+            what = "loss" if not math.isfinite(loss) else "gradient"
+            kept = f"the last good checkpoint is {state_file}" if state_file.exists() else "there is no checkpoint yet"
+            raise TunesmithError(
+                f"the {what} is no longer a number at step {state.step + 1} (lr {recipe.lr * rate:.3g}); {kept}; try lr={recipe.lr / 10:g}"
+            )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        state.step += 1
+        state.loss_sum, state.loss_count = state.loss_sum + loss, state.loss_count + 1
+        state.tokens += int(reduced(sum(len(examples[i]["input_ids"]) for batch in mine for i in batch), device, world))
+        state.lap_s += time.monotonic() - step_began
+        state.train_s += time.monotonic() - step_began
+        state.time_s = spent + time.monotonic() - began
+        state.peak_mb = max(state.peak_mb, memory.peak_mb(device))
+        place = {"step": state.step, "epoch": round(state.step / per_epoch, 4)}
+        tell({"event": "step", **place, "loss": loss, "tokens_per_s": state.tokens / state.lap_s, "peak_mb": state.peak_mb})
+        end_of_epoch = state.step % per_epoch == 0
+        if state.step % recipe.log_every == 0 or state.step == total:
+            line = place | {"loss": state.loss_sum / state.loss_count, "lr": recipe.lr * rate, "tokens_per_s": state.tokens / state.lap_s}
+            line |= {"time_s": state.time_s, "peak_mb": state.peak_mb}
+            state.loss_sum, state.loss_count, state.tokens, state.lap_s = 0.0, 0, 0, 0.0
+            if log:
+                log.write(line)
+            tell({"event": "log", **line})
+
+        # Evaluation keeps the best adapter; without evaluation data the latest is the best.
+        if state.step % eval_every == 0 or state.step == total:
+            if rank == 0 and held is not None:
+                result = score(held)
+                model.train()
+                value = result.metrics[task.metric]
+                state.last = result.metrics
+                log.write(place | {"eval": result.metrics})
+                if not state.best or (value > state.best["value"] if task.higher_is_better else value < state.best["value"]):
+                    state.best, state.stale = place | {"value": value, "metrics": result.metrics}, 0
+                    run_folder.write_predictions(folder, "eval", result.predictions)
+                    ts.save(model, folder / "adapter")
+                else:
+                    state.stale += 1
+                state.stopped = state.stale >= (recipe.early_stop or math.inf)
+                tell({"event": "eval", **place, "metrics": result.metrics, "best": state.stale == 0})
+            elif rank == 0:
+                state.best = place | {"value": None, "metrics": {}}
+                ts.save(model, folder / "adapter")
+            state.stopped = bool(reduced(state.stopped, device, world))
+
+        due = state.step % recipe.checkpoint_every == 0 if recipe.checkpoint_every else time.monotonic() - saved_at > CHECKPOINT_S
+        if rank == 0 and (due or end_of_epoch or state.step == total or state.stopped):
+            state.time_s = spent + time.monotonic() - began
+            state.metrics_bytes = log.sync()
+            checkpoint.write(state_file, state, parameters, optimizer)
+            saved_at = time.monotonic()
+
+    # The kept adapter once over the test data, and the run in one file.
+    if rank:
+        return RunResult(folder, {}, {})
+    if test is not None:
+        if state.best["step"] != state.step:
+            ts.detach(model)
+            ts.load(model, folder / "adapter")
+        tested = score(test)
+        run_folder.write_predictions(folder, "test", tested.predictions)
+    summary = {
+        "method": method.method, "model": recipe.model, "task": task.name, "metric": task.metric, "higher_is_better": task.higher_is_better,
+        "best": state.best["value"], "final": state.last.get(task.metric), "best_step": state.best["step"], "eval": state.best["metrics"],
+    }  # fmt: skip
+    if test is not None:
+        summary["test"] = tested.metrics
+    summary |= {f"base_{'metrics' if name == 'eval' else name + '_metrics'}": metrics for name, metrics in state.baseline.items()}
+    counts = size.to_dict()
+    summary |= {
+        "params": {key: counts[key] for key in ("trainable", "total", "percent", "bytes")},
+        "time_s": state.time_s, "train_s": state.train_s, "peak_mb": state.peak_mb,
+        "steps": state.step, "epochs": state.step / per_epoch, "stopped_early": state.stopped,
+    }  # fmt: skip
+    log.close()
+    run_folder.write_json(folder / "summary.json", summary)
+    shutil.rmtree(folder / "checkpoint")
+    report.write(folder)
+    tell({"event": "end", "folder": str(folder), "summary": summary})
+    return RunResult(folder, summary["eval"], summary)
+
+
+def processes(device: str) -> tuple[torch.device, int, int]:
+    """(device, rank, number of processes), joining the others where a launcher started several."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    here = run_folder.pick_device(device)
+    if world > 1:
+        if here.type == "cuda":
+            here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(here)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if here.type == "cuda" else "gloo")
+    return here, rank, world
+
+
+def seed(*what) -> None:
+    """Seed every generator from (seed, step, …), so that a resumed run draws the numbers it would have drawn."""
+    number = zlib.crc32(repr(what).encode())
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
+
+
+def schedule(step: int, total: int, warmup: float, shape: str) -> float:
+    """Learning rate of step 0 … total-1 as a share of the peak: a linear rise, then a cosine or linear fall to 0."""
+    rise = round(warmup * total)
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    if shape == "constant":
+        return 1.0
+    done = (step - rise) / max(total - rise, 1)
+    return 1 - done if shape == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+def loss_of(model: nn.Module, batch: dict[str, Tensor], task) -> Tensor:
+    """Mean loss of a batch, over rows (classification, labels (b,)) or over predicted tokens (labels (b, t))."""
+    batch = dict(batch)
+    labels = batch.pop("labels")
+    if task.name == "classification":
+        return F.cross_entropy(model(**batch).logits.float(), labels)
+    return ts.causal_lm_loss(model, batch.pop("input_ids"), labels, **batch)
+
+
+def predicted(labels: Tensor, task) -> int:
+    """How many losses the mean of a batch is over."""
+    return len(labels) if task.name == "classification" else int((labels[:, 1:] != -100).sum())
+
+
+def to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def reduced(value: float, device: torch.device, world: int) -> float:
+    """The sum over processes."""
+    if world == 1:
+        return value
+    tensor = torch.tensor(float(value), dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return tensor.item()
+
+
+def sum_gradients(parameters, world: int) -> None:
+    """Sum gradients over processes in one message; a process whose share of the step was empty adds zeros."""
+    if world == 1:
+        return
+    parameters = list(parameters)
+    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).float().flatten() for p in parameters])
+    dist.all_reduce(flat)
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter).to(parameter.dtype)
