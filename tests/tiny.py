@@ -131,6 +131,9 @@ def tiny_tokenizer(classifier=False):
 
 def save_tiny(folder: str | Path, kind="llama", **settings) -> Path:
     """Write a tiny model (and its tokenizer, for text models) as a Hugging Face folder; `bert` is an encoder without a head."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     folder = Path(folder)
     model = BUILDERS[kind](**settings)
     (model.base_model if kind == "bert" else model).save_pretrained(folder)

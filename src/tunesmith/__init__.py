@@ -11,16 +11,18 @@ _HOMES = {
     "tunesmith.engine.loss": ["causal_lm_loss"],
     "tunesmith.methods.store": ["save", "load"],
     "tunesmith.methods": [
-        "adapt", "methods", "Method", "MethodInfo", "BitFit", "DoRA", "Full", "IA3", "LNTuning", "LinearProbe", "LoRA", "PiSSA",
+        "adapt", "Method", "MethodInfo", "BitFit", "DoRA", "Full", "IA3", "LNTuning", "LinearProbe", "LoRA", "PiSSA",
         "PrefixTuning", "PromptTuning", "RSLoRA", "SeriesAdapter",
     ],
 }  # fmt: skip
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}
-__all__ = sorted(_WHERE)
+__all__ = sorted([*_WHERE, "methods"])
 
 
 def __getattr__(name: str):
     """Names load on first use, so that importing tunesmith costs next to nothing."""
+    if name == "methods":
+        return importlib.import_module("tunesmith.methods")  # a module that is called: methods() lists the registry
     if name not in _WHERE:
         raise AttributeError(f"module 'tunesmith' has no attribute {name!r}")
     value = getattr(importlib.import_module(_WHERE[name]), name)

@@ -34,9 +34,11 @@ def methods(as_json: AsJson = False):
     \b
     Example: tunesmith methods
     """
+    from dataclasses import asdict
+
     import tunesmith as ts
 
-    rows = [{key: getattr(info, key) for key in ("name", "family", "title", "paper", "mergeable", "quantized_base_ok", "works_on")} for info in ts.methods()]
+    rows = [asdict(info) for info in ts.methods()]
     if as_json:
         return _print_json(rows)
     _table(["method", "family", "title", "paper", "merges", "works on"],
@@ -111,7 +113,7 @@ def evaluate(
     data: Annotated[str, typer.Option(help="A file, or the name of a data set.", show_default=False)],
     task: Annotated[str | None, typer.Option(help="For a model: classification, sft, choice, math or lm.")] = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "test",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="So many rows, evenly spread over the data.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     output: Annotated[Path | None, typer.Option(help="Write each prediction to this JSONL file.")] = None,
     as_json: AsJson = False,
@@ -251,6 +253,8 @@ def compare(
     test: Annotated[str | None, typer.Option(help="Data scored once, at the end.")] = None,
     model: Annotated[str | None, typer.Option(help="minilm, smollm2-135m, a hub id or a folder.")] = None,
     output: Annotated[str, typer.Option(help="Folder of the table, the page and the runs.")] = "runs/compare",
+    seeds: Annotated[str | None, typer.Option(help="Train each method once per seed, e.g. 0,1,2.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors.")] = False,
 ):
@@ -261,22 +265,31 @@ def compare(
     """
     from .train import recipe as recipes
 
-    names = [name.strip() for name in methods.split(",") if name.strip()]
-    if not names:
-        raise TunesmithError("compare needs the names of methods, such as --methods lora,bitfit")
     base = recipes.load(recipe, overrides or [], {"data": data, "eval": eval, "test": test, "model": model})
-    for name in names:
-        recipes.check(base.model_dump() | {"method": name}, {("method",): "--methods"})
 
     from .bench.compare import compare as run_all
     from .train.display import Display
 
+    names = [name.strip() for name in methods.split(",") if name.strip()]
     with Display(silent=as_json or quiet) as display:
-        table = run_all(names, base, output, progress=display)
+        result = run_all(names, base, output, _numbers(seeds) if seeds else None, overwrite, display)
     if as_json:
-        _print_json(table)
-    elif not quiet:
+        return _print_json(result)
+    if not quiet and result["rows"]:
+        rows = [[r["label"], f"{r['value']:.4f}", f"{r['trainable']:,}", f"{r['time_s']:.0f}", f"{r['peak_mb']:,.0f}"] for r in result["rows"]]
+        _table(["method", result["metric"], "trained", "seconds", "peak MB"], rows, right=(1, 2, 3, 4))
         typer.echo(f"open {Path(output) / 'compare.html'}")
+    for failure in result["failures"]:
+        typer.echo(f"failed: {failure['label']}: {failure['reason']}", err=True)
+    if result["failures"]:
+        raise typer.Exit(1)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise TunesmithError(f"--seeds {text}: seeds are whole numbers separated by commas, such as 0,1,2") from error
 
 
 def _recipe_and_overrides(arguments: list[str], recipe: Path | None) -> tuple[Path | None, list[str]]:

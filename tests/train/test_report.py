@@ -9,7 +9,7 @@ from collections import Counter
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tunesmith.errors import TunesmithError
@@ -116,12 +116,8 @@ def test_is_accessible(tmp_path):
 
 
 def test_texts_and_labels_of_the_user_are_text(tmp_path):
-    predictions = [
-        {"input": a, "expected": b, "predicted": c, "correct": b == c, "base_predicted": a} for a in HOSTILE for b in HOSTILE for c in HOSTILE
-    ]
-    folder = write_run(
-        tmp_path / "run", HOSTILE, predictions, summary={"model": HOSTILE[0], "method": HOSTILE[1]}.items(), recipe=f"model: '{HOSTILE[0]}'\n"
-    )
+    predictions = [{"input": a, "expected": b, "predicted": c, "correct": b == c, "base_predicted": a} for a in HOSTILE for b in HOSTILE for c in HOSTILE]
+    folder = write_run(tmp_path / "run", HOSTILE, predictions, summary={"model": HOSTILE[0], "method": HOSTILE[1]}.items(), recipe=f"model: '{HOSTILE[0]}'\n")
     html, page = written(folder)
     assert page.count("script") == 1 and page.count("img") == 0
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
@@ -232,6 +228,10 @@ def test_average_stays_within_its_window(values, span):
 
 
 @given(st.lists(numbers, min_size=1, max_size=20), st.booleans())
+@example([1e6, 1e6 + 10], False)
+@example([-4.0, -4.0], False)
+@example([0.0], False)
+@example([1e-4, 2e-4], False)
 def test_axis_holds_every_value_between_readable_ticks(values, log):
     if log:
         values = [abs(v) + 1e-6 for v in values]
@@ -239,6 +239,10 @@ def test_axis_holds_every_value_between_readable_ticks(values, log):
     assert all(-1e-6 <= axis(v) <= 1 + 1e-6 for v in values)
     at, texts = zip(*axis.ticks, strict=True)
     assert list(at) == sorted(set(at)) and len(set(texts)) == len(texts) and len(texts) <= 20
+
+
+def test_steps_are_whole():
+    assert [text for _, text in svg.axis([1, 2], "step").ticks] == ["1", "2"]
 
 
 @settings(max_examples=30, deadline=None)
@@ -259,6 +263,7 @@ def test_thin_keeps_both_ends():
         (render.number, 0.0, "0"), (render.number, 3.7e-5, "3.7e-5"), (render.number, math.nan, "nan"), (render.size, 999, "999 B"),
         (render.size, 602_345, "602.3 kB"), (render.size, 1.5e9, "1.50 GB"), (render.duration, 59.94, "59.9 s"), (render.duration, 3599.6, "1 h 00 min"),
         (render.duration, 61, "1 min 01 s"), (render.percent, 0.0004, "0.0004 %"), (render.percent, 12.3, "12.30 %"),
+        (render.model_name, "/home/a/model", "model"), (render.model_name, "org/model", "org/model"),
         (render.method_label, {"method": "lora", "rank": 8, "targets": None}, "lora (rank 8)"), (render.method_label, "dora", "dora"),
     ],
 )  # fmt: skip

@@ -1,6 +1,7 @@
-"""One run in a process of its own, so that its peak memory is its own: a request on stdin, events as JSON lines on stdout."""
+"""One run in a process of its own, so that its peak memory is its own: a recipe's fields on stdin, events as JSON lines on stdout."""
 
 import json
+import os
 import sys
 import traceback
 
@@ -8,16 +9,18 @@ from ..errors import TunesmithError
 
 
 def main() -> None:
-    events, sys.stdout = sys.stdout, sys.stderr  # what a library prints must not stand between the events
+    # What a library prints must not stand between the events.
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
 
     def tell(event: dict) -> None:
         print(json.dumps(event), file=events, flush=True)
 
-    request = json.load(sys.stdin)
+    fields = json.load(sys.stdin)
     try:
         from ..train import recipe, run
 
-        run(recipe.check(request["recipe"]), tell, resume=request["resume"], overwrite=request["overwrite"])
+        run(recipe.check(fields), tell, resume=True)
     except TunesmithError as error:
         tell({"event": "failure", "text": str(error)})
     except Exception as error:

@@ -1,11 +1,13 @@
 """Several methods on one task under one budget: a process for each, one table, one page."""
 
+import contextlib
 import csv
 import hashlib
 import io
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -17,8 +19,8 @@ import yaml
 from ..errors import TunesmithError
 from ..files import atomic_write
 from ..train import recipe as recipes
-from ..train.render import method_label
 from ..train.recipe import Recipe
+from ..train.render import method_label
 from ..train.report import median_speed, read_lines
 from . import page
 
@@ -65,16 +67,16 @@ def compare(
         raise TunesmithError("compare needs at least one method")
     if twice := {run["folder"].name for run in runs if [r["folder"] for r in runs].count(run["folder"]) > 1}:
         raise TunesmithError(f"the same method is there twice: {', '.join(sorted(twice))}")
-    if not overwrite:
-        for run in runs:
-            _refuse_other(run)
+    for run in runs:
+        _refuse_other(run, overwrite)
     for i, run in enumerate(runs):
         summary = run["folder"] / "summary.json"
         if not (run["same"] and summary.exists()):
             tell({"event": "note", "text": f"{run['title']} ({i + 1} of {len(runs)})"})
-            atomic_write(run["file"], run["text"])
-            request = {"recipe": run["recipe"] | {"output": str(run["folder"])}, "resume": run["same"], "overwrite": not run["same"]}
-            run["failure"] = _train(request, tell)
+            if not run["same"]:
+                shutil.rmtree(run["folder"], ignore_errors=True)
+                atomic_write(run["file"], run["text"])
+            run["failure"] = _train(run["recipe"] | {"output": str(run["folder"])}, tell)
         if summary.exists() and not run["failure"]:
             run["summary"] = json.loads(summary.read_text(encoding="utf-8"))
         result = _result(base, runs[: i + 1])
@@ -113,17 +115,19 @@ def _digest(recipe: dict) -> str:
     return digest.hexdigest()
 
 
-def _refuse_other(run: dict) -> None:
+def _refuse_other(run: dict, overwrite: bool) -> None:
+    """Raise where the run's folder holds something else, which only a run of a comparison may be overwritten."""
     if run["same"] or not run["folder"].exists():
         return
-    before = yaml.safe_load(run["file"].read_text(encoding="utf-8")) if run["file"].exists() else {}
-    now = run["recipe"]
-    changed = [f"{k} was {before.get(k)!r} and is {now.get(k)!r}" for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
-    why = "; ".join(changed) if changed and before else "its data has changed" if before else "it is not of a comparison"
-    raise TunesmithError(f"{run['folder']} holds another run ({why}); choose another output, or overwrite=True")
+    if not run["file"].exists():
+        raise TunesmithError(f"{run['folder']} exists and is not of a comparison; choose another output")
+    if not overwrite:
+        before, now = yaml.safe_load(run["file"].read_text(encoding="utf-8")), run["recipe"]
+        changed = [f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+        raise TunesmithError(f"{run['folder']} holds another run ({'; '.join(changed) or 'its data has changed'}); choose another output, or overwrite it")
 
 
-def _train(request: dict, tell: Callable[[dict], None]) -> str | None:
+def _train(recipe: dict, tell: Callable[[dict], None]) -> str | None:
     """Train in a process of its own; the reason where it failed."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tunesmith.bench.child"],
@@ -132,11 +136,12 @@ def _train(request: dict, tell: Callable[[dict], None]) -> str | None:
         text=True,
         encoding="utf-8",
         env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "PYTHONIOENCODING": "utf-8"},
+        start_new_session=True,  # Ctrl-C ends the run here, below, and not in the middle of its own writing about it
     )
     failure = None
     try:
-        json.dump(request, process.stdin)
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError), process.stdin:
+            json.dump(recipe, process.stdin)
         for line in process.stdout:
             event = json.loads(line)
             if event["event"] == "failure":

@@ -36,9 +36,7 @@ def _figure(result: dict, key: str, label: str, log: bool, cost: str) -> dict | 
     if not rows:
         return None
     metric, front = result["metric"], result["fronts"][key]
-    points = [
-        svg.Point(row[key], row["value"], row["label"], f"{row['runs'][0]['folder']}/report.html", row["spread"] or 0.0) for row in rows
-    ]
+    points = [svg.Point(row[key], row["value"], row["label"], f"{row['runs'][0]['folder']}/report.html", row["spread"] or 0.0) for row in rows]
     members = [[row["label"] for row in rows].index(name) for name in front]
     values = [row["value"] for row in rows]
     base, room = result["untouched"], 1.5 * (max(values) - min(values))

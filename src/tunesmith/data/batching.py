@@ -32,8 +32,8 @@ def batches(examples: Sequence[dict], batch_size: int, seed: int = 0, epoch: int
             group_by_length: bool = True, max_tokens: int | None = None) -> list[list[int]]:
     """Index batches of one epoch: every index once, order drawn from `(seed, epoch)` only, so that a run can resume.
 
-    With `group_by_length` the shuffled examples are sorted by length within windows of 50 batches, which keeps
-    padding low and the batches random, and then the batches are shuffled.
+    With `group_by_length` the shuffled examples are sorted by length within windows of 50 batches (fewer when there are
+    fewer than 200), which keeps padding low and each epoch's batches new, and then the batches are shuffled.
     """
     if batch_size < 1:
         raise TunesmithError(f"batch_size is {batch_size}; it must be at least 1")
@@ -42,7 +42,7 @@ def batches(examples: Sequence[dict], batch_size: int, seed: int = 0, epoch: int
     order = list(range(len(examples)))
     draw.shuffle(order)
     if group_by_length:
-        window = 50 * batch_size
+        window = batch_size * max(1, min(50, len(order) // (4 * batch_size)))
         order = [i for start in range(0, len(order), window)
                  for i in sorted(order[start:start + window], key=lengths.__getitem__)]
     cut = by_length(lengths, order, batch_size, max_tokens)

@@ -1,6 +1,8 @@
 """Which column plays which role: given, or guessed when obvious; and whether its values can be used."""
 
+import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 
 from ..errors import TunesmithError, nearest
@@ -18,15 +20,24 @@ def find(names: Sequence[str], candidates: Sequence[str], taken: Sequence[str] =
     return next((lower[c] for c in candidates if c in lower), None)
 
 
-def check_given(names: Sequence[str], given: Mapping[str, str], roles: Sequence[str], task: str) -> None:
-    """Raises `TunesmithError` for a role the task does not have and for a column that is not there."""
-    for role, column in given.items():
+def given_columns(names: Sequence[str], given: Mapping[str, str] | None, task) -> dict[str, str]:
+    """`given`, less the optional roles whose column these data do not have (a warning says so).
+
+    Raises `TunesmithError` for a role the task does not have and for a column that is not there.
+    """
+    found, roles = dict(given or {}), task.roles
+    for role, column in list(found.items()):
+        if role in task.optional and column not in names:
+            warnings.warn(f'there is no column "{column}" (for {role}){nearest(column, names)}; it is left out', stacklevel=3)
+            del found[role]
+            continue
         if role not in roles:
-            raise TunesmithError(f'task {task} has no column role "{role}"{nearest(role, roles)}; '
+            raise TunesmithError(f'task {task.name} has no column role "{role}"{nearest(role, roles)}; '
                                  f"its roles are {', '.join(roles)}")
         if column not in names:
             raise TunesmithError(f'there is no column "{column}" (for {role}){nearest(column, names)}; '
                                  f"the columns are {', '.join(names)}")
+    return found
 
 
 def missing(role: str, names: Sequence[str], task: str) -> TunesmithError:
@@ -53,8 +64,6 @@ def check_filled(dataset, columns: Mapping[str, str], roles: Sequence[str]) -> N
 
 def as_text(value) -> str:
     """A cell as the text a model reads: JSON for objects, `true` for True, `3` for 3.0."""
-    import json
-
     if isinstance(value, str):
         return value
     if isinstance(value, float) and value.is_integer():

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import TunesmithError, nearest
+from ..models.hub import quiet, unreachable
 from .files import READERS
 from .rows import sample
 
@@ -117,28 +118,29 @@ def _known_names() -> list[str]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    from datasets.utils import disable_progress_bars, enable_progress_bars, logging
+def _no_bars() -> Iterator[None]:
+    from datasets.utils import disable_progress_bars, enable_progress_bars
     from datasets.utils.tqdm import are_progress_bars_disabled
 
-    level, bars = logging.get_verbosity(), not are_progress_bars_disabled()
-    logging.set_verbosity_error()
+    if are_progress_bars_disabled():
+        yield
+        return
     disable_progress_bars()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
-        if bars:
-            enable_progress_bars()
+        enable_progress_bars()
 
 
 def _hub(source: str, split: str):
-    from datasets import load_dataset
+    from datasets import DownloadConfig, load_dataset
+    from huggingface_hub import HfApi
 
     name, _, config = source.partition(":")
     try:
-        with _quiet():
-            splits = load_dataset(name, config or None)
+        with quiet(), _no_bars():
+            offline = unreachable(lambda: HfApi().dataset_info(name, timeout=10))
+            splits = load_dataset(name, config or None, download_config=DownloadConfig(local_files_only=offline))
             return _plain(splits[pick_split(splits, split, source)])
     except TunesmithError:
         raise

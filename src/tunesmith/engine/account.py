@@ -71,7 +71,7 @@ def summary(model: nn.Module) -> Summary:
             seen |= own.keys()
             if own:
                 config = record_of(model, name).sites.get(path)
-                sites.append(SiteSummary(path, hub._site.kind, config.method if config else "trained in full", sum(own.values())))
+                sites.append(SiteSummary(path, hub.site.kind, config.method if config else "trained in full", sum(own.values())))
     count = sum(p.numel() for p in chosen.values())
     adapter_bytes = sum(p.numel() * p.element_size() for p in chosen.values())
     matrices = sum(m.weight.numel() for m in root.modules() if kind_of(m) == "linear")

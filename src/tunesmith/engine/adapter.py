@@ -31,12 +31,17 @@ class Adapter(nn.Module):
     @classmethod
     def mixed(cls, base: "Base", rows: list["Adapter | None"], *args, **kwargs):
         """One adapter per row of the batch. Rows of the same adapter run together; override where rows interact."""
-        outputs, indices = [], []
-        for adapter in dict.fromkeys(rows):
-            index = [i for i, other in enumerate(rows) if other is adapter]
-            part_args, part_kwargs, index = _take((args, kwargs), index, len(rows))
-            outputs.append(adapter(base, *part_args, **part_kwargs) if adapter else base(*part_args, **part_kwargs))
-            indices.append(index)
+        state, outputs, indices = base.site.holder.tunesmith.state, [], []
+        names = state.rows
+        try:
+            for adapter in dict.fromkeys(rows):
+                chosen = [i for i, other in enumerate(rows) if other is adapter]
+                part_args, part_kwargs, index = _take((args, kwargs), chosen, len(rows))
+                state.rows = [names[i] for i in chosen]  # for the modules inside
+                outputs.append(adapter(base, *part_args, **part_kwargs) if adapter else base(*part_args, **part_kwargs))
+                indices.append(index)
+        finally:
+            state.rows = names
         return _put(outputs, torch.cat(indices))
 
 
@@ -156,16 +161,16 @@ class Hub(nn.Module):
     def __init__(self, site: Site, state: State):
         super().__init__()
         self.adapters = nn.ModuleDict()
-        self._site, self._state = site, state
+        self.site, self.state = site, state
         self.backup: dict[str, nn.Parameter] = {}
 
     # Plain references: registering the site's modules here would make a cycle in the module tree.
     def __setattr__(self, name, value):
-        object.__setattr__(self, name, value) if name in ("_site", "_state", "backup") else super().__setattr__(name, value)
+        object.__setattr__(self, name, value) if name in ("site", "state", "backup") else super().__setattr__(name, value)
 
     def stack(self, base: Base) -> Base:
         """`base` with the active adapters over it, first activated first applied."""
-        state = self._state
+        state = self.state
         if state.enabled:
             for name, weight in state.active.items():
                 if name in self.adapters and name not in state.merged:
@@ -174,7 +179,7 @@ class Hub(nn.Module):
 
     def run(self, forward, *args, **kwargs):
         """The owner's forward with the adapters that the state says are in use."""
-        state, base = self._state, Base(self._site, forward)
+        state, base = self.state, Base(self.site, forward)
         if state.rows is None or not state.enabled:
             return self.stack(base)(*args, **kwargs)
         rows = [self.adapters[name] if name in self.adapters else None for name in state.rows]
@@ -183,7 +188,7 @@ class Hub(nn.Module):
             return base(*args, **kwargs)
         splitters = {cls.mixed.__func__ for cls in classes}
         if len(splitters) > 1:
-            raise TunesmithError(f"adapters of different kinds meet at {self._site.path!r} in one mixed batch; put them in separate batches")
+            raise TunesmithError(f"adapters of different kinds meet at {self.site.path!r} in one mixed batch; put them in separate batches")
         return next(iter(classes)).mixed(base, rows, *args, **kwargs)
 
 
@@ -192,28 +197,28 @@ def _forward(module: nn.Module, forward, args, kwargs):
     if not isinstance(module, nn.MultiheadAttention):
         return hub.run(forward, *args, **kwargs)
     hubs = [h for h in (hub, module.out_proj._modules.get("tunesmith")) if h is not None]
-    state = hubs[0]._state
+    state = hubs[0].state
     if state.rows is not None and state.enabled:
         return _mixed_attention(module, hubs, forward, args, kwargs)
-    return _attention(module, [h.stack(Base(h._site, None)).values for h in hubs], hubs, forward, args, kwargs)
+    return _attention(module, [h.stack(Base(h.site, None)).values for h in hubs], hubs, forward, args, kwargs)
 
 
 def _attention(module, values, hubs, forward, args, kwargs):
     """nn.MultiheadAttention reads its projections' parameters directly, so each call gets the adapted ones."""
     if not hubs:
         return forward(module, *args, **kwargs)
-    with swapped(hubs[0]._site.holder, values[0]):
+    with swapped(hubs[0].site.holder, values[0]):
         return _attention(module, values[1:], hubs[1:], forward, args, kwargs)
 
 
 def _mixed_attention(module, hubs, forward, args, kwargs):
-    state = hubs[0]._state
+    state = hubs[0].state
     outputs, indices = [], []
     if not module.batch_first:
         raise TunesmithError("a mixed batch through nn.MultiheadAttention needs batch_first=True")
     for name in dict.fromkeys(state.rows):
         part_args, part_kwargs, index = _take((args, kwargs), [i for i, n in enumerate(state.rows) if n == name], len(state.rows))
-        values = [fold(h.adapters[name], h._site, h._site.values, 1) if name in h.adapters else h._site.values for h in hubs]
+        values = [fold(h.adapters[name], h.site, h.site.values, 1) if name in h.adapters else h.site.values for h in hubs]
         outputs.append(_attention(module, values, hubs, forward, part_args, part_kwargs))
         indices.append(index)
     return _put(outputs, torch.cat(indices))

@@ -33,7 +33,7 @@ class Recipe:
     def of(y: torch.Tensor):
         """(recipe, inputs) of y, unless it has none or was changed in place since: then (None, [y])."""
         recipe, inputs, version = getattr(y, "recipe", (None, [y], None))
-        return (recipe, inputs) if version == y._version else (None, [y])
+        return (recipe, inputs) if recipe and version == y._version else (None, [y])
 
 
 def traced() -> bool:

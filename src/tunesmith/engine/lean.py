@@ -16,11 +16,21 @@ from .fused import Recipe, traced
 
 def _rms_norm(eps, h, weight):
     x = h.to(torch.float32)
-    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)).to(h.dtype)
+    return _scale(x, _root(x, eps), h.dtype, weight)
+
+
+def _root(x, eps):
+    return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def _scale(x, root, dtype, weight):
+    y = (x * root).to(dtype)
+    return y.mul_(weight) if y.dtype == weight.dtype and not y.requires_grad else weight * y
 
 
 def _silu_mul(gate, up):
-    return F.silu(gate) * up
+    y = F.silu(gate)
+    return y.mul_(up) if y.dtype == up.dtype and not y.requires_grad else y * up
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -29,10 +39,10 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, eps, recipe):
         x = h.to(torch.float32)
-        root = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+        root = _root(x, eps)
         ctx.save_for_backward(h, weight, root)
         ctx.recipe = recipe
-        return weight * (x * root).to(h.dtype)
+        return _scale(x, root, h.dtype, weight)
 
     @staticmethod
     def backward(ctx, g):

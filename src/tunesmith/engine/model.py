@@ -49,7 +49,7 @@ def record_of(model: nn.Module, name: str) -> Record:
 
 def hubs(model: nn.Module) -> dict[str, Hub]:
     """The hubs of an adapted model by site path."""
-    return {m._site.path: m for m in unwrap(model).modules() if isinstance(m, Hub)}
+    return {m.site.path: m for m in unwrap(model).modules() if isinstance(m, Hub)}
 
 
 def adapters(model: nn.Module, name: str) -> dict[str, Adapter]:
@@ -80,12 +80,11 @@ def attach(model: nn.Module, name: str, record: Record, built: dict[str, tuple[S
             if not hasattr(type(site.owner), "_tunesmith_base"):
                 site.owner.__class__ = adapted_class(type(site.owner))
         hub.adapters[name] = adapter.train(site.owner.training)
-    _refuse_fast_path(model)
     state.records[name] = record
     record.lineage = record.lineage or [
         {"name": n, "weight": w, "method": state.records[n].config.method} for n, w in state.merged.items()
     ]
-    state.active = {name: 1.0}
+    activate(model, name)
 
 
 def check_name(model: nn.Module, name: str) -> None:
@@ -96,11 +95,19 @@ def check_name(model: nn.Module, name: str) -> None:
         raise TunesmithError(f"the model has an adapter named {name!r} already; choose another name or detach it first")
 
 
-def _refuse_fast_path(model: nn.Module) -> None:
-    """nn.TransformerEncoderLayer's fused evaluation reads its weights past every forward, unless a hook is there."""
-    for layer in model.modules():
-        if isinstance(layer, nn.TransformerEncoderLayer) and "_tunesmith_hook" not in layer.__dict__:
-            if any(isinstance(m, Hub) for m in layer.modules()):
+def _guard_fast_path(model: nn.Module) -> None:
+    """nn.TransformerEncoderLayer's fused evaluation reads weights past every forward, unless a hook is there.
+
+    It is there exactly while adapters are in use, so that the base alone computes as it always did.
+    """
+    root, state = unwrap(model), state_of(model)
+    needed = state.enabled and bool(state.rows or state.active.keys() - state.merged.keys())
+    for layer in root.modules():
+        if isinstance(layer, nn.TransformerEncoderLayer):
+            hook = layer.__dict__.pop("_tunesmith_hook", None)
+            if hook:
+                hook.remove()
+            if needed and any(isinstance(m, Hub) for m in layer.modules()):
                 layer.__dict__["_tunesmith_hook"] = layer.register_forward_pre_hook(_nothing)
 
 
@@ -119,7 +126,7 @@ def activate(model: nn.Module, names: str | Iterable[str] | Mapping[str, float])
     """Choose the adapters in use: a name, several (applied in that order), names with weights, or `[]` for none.
 
     With weight w an adapter's effect is below + w·(adapted − below). Only what is active can be trained.
-    Raises `TunesmithError` for an unknown or merged name.
+    Raises `TunesmithError` for an unknown or merged name, and for two prompts or prefixes at once.
     """
     state = state_of(model)
     weights = {names: 1.0} if isinstance(names, str) else dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
@@ -127,8 +134,12 @@ def activate(model: nn.Module, names: str | Iterable[str] | Mapping[str, float])
         record_of(model, name)
         if name in state.merged:
             raise TunesmithError(f"adapter {name!r} is merged into the weights; unmerge first")
+    fronts = [name for name in weights if any(h.site.kind == "tokens" and name in h.adapters for h in hubs(model).values())]
+    if len(fronts) > 1 or any(weights[name] != 1 for name in fronts):
+        raise TunesmithError(f"virtual tokens are in front of the input or not: {' and '.join(map(repr, fronts))} cannot be weighted or combined with each other")
     state.active = {name: float(weight) for name, weight in weights.items()}
     _set_trained(model, set(state.active))
+    _guard_fast_path(model)
 
 
 def _set_trained(model: nn.Module, names: set[str], only: bool = True) -> None:
@@ -148,10 +159,12 @@ def disabled(model: nn.Module):
     state = state_of(model)
     before, state.enabled = state.enabled, False
     merged = _restore(model)
+    _guard_fast_path(model)
     try:
         yield model
     finally:
         state.enabled = before
+        _guard_fast_path(model)
         for hub, values in merged:
             _install(hub, values)
 
@@ -169,10 +182,12 @@ def mixed(model: nn.Module, rows: list[str | None]):
         raise TunesmithError(f"a mixed batch needs the base's own weights; unmerge {', '.join(state.merged)} first")
     _set_trained(model, set(rows) - {None}, only=False)
     before, state.rows = state.rows, list(rows)
+    _guard_fast_path(model)
     try:
         yield model
     finally:
         state.rows = before
+        _guard_fast_path(model)
 
 
 def merge(model: nn.Module, unload: bool = False) -> nn.Module:
@@ -185,20 +200,21 @@ def merge(model: nn.Module, unload: bool = False) -> nn.Module:
     names = [n for n in state.active if n not in state.merged]
     todo = []
     for path, hub in hubs(model).items():
-        values = hub._site.values
+        values = hub.site.values
         for name in names:
             if name in hub.adapters:
                 if not hub.adapters[name].mergeable:
                     method = state.records[name].config.method
                     raise TunesmithError(f"adapter {name!r} ({method}) cannot be merged: at {path!r} it is not a change of the weights; keep it attached")
-                values = fold(hub.adapters[name], hub._site, values, state.active[name])
-        if changed := {n: v for n, v in values.items() if v is not hub._site.values[n]}:
+                values = fold(hub.adapters[name], hub.site, values, state.active[name])
+        if changed := {n: v for n, v in values.items() if v is not hub.site.values[n]}:
             todo.append((hub, changed))
     for hub, changed in todo:
-        own = hub._site.values
+        own = hub.site.values
         hub.backup = {n: own[n] for n in changed} | hub.backup
         _install(hub, {n: nn.Parameter(v.detach().to(own[n].dtype).clone(), requires_grad=False) for n, v in changed.items()})
     state.merged |= {name: state.active[name] for name in names}
+    _guard_fast_path(model)
     if unload:
         for hub in hubs(model).values():
             hub.backup = {}
@@ -214,11 +230,12 @@ def unmerge(model: nn.Module) -> nn.Module:
     for hub in hubs(model).values():
         hub.backup = {}
     state.merged = {}
+    _guard_fast_path(model)
     return model
 
 
 def _install(hub: Hub, values: dict[str, Tensor]) -> None:
-    hub._site.holder._parameters.update(values)
+    hub.site.holder._parameters.update(values)
 
 
 def _restore(model: nn.Module) -> list[tuple[Hub, dict]]:
@@ -226,7 +243,7 @@ def _restore(model: nn.Module) -> list[tuple[Hub, dict]]:
     replaced = []
     for hub in hubs(model).values():
         if hub.backup:
-            now = {n: hub._site.holder._parameters[n] for n in hub.backup}
+            now = {n: hub.site.holder._parameters[n] for n in hub.backup}
             for name, p in hub.backup.items():
                 p.data = p.data.to(now[name].device)  # the model may have moved since
             replaced.append((hub, now))
@@ -251,18 +268,16 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     for each in gone:
         del state.records[each]
         state.active.pop(each, None)
+    _guard_fast_path(model)
     if not state.records:
         for path, p in root.named_parameters():
             p.requires_grad_(state.flags.get(path, p.requires_grad))
-        for layer in root.modules():
-            if hook := layer.__dict__.pop("_tunesmith_hook", None):
-                hook.remove()
         del root.__dict__["_tunesmith"]
     return model
 
 
 def _remove(hub: Hub) -> None:
-    site = hub._site
+    site = hub.site
     del site.holder._modules["tunesmith"]
     inside = (site.owner, site.owner.out_proj) if isinstance(site.owner, nn.MultiheadAttention) else (site.owner,)
     if not any("tunesmith" in m._modules for m in inside):

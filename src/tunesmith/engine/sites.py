@@ -69,9 +69,10 @@ class Site:
         return (raw.T if self.transposed else raw.flatten(1)), values.get(self.bias)
 
     def raw(self, W: Tensor, b: Tensor | None) -> dict[str, Tensor]:
-        """The inverse of `matrix`."""
-        values = {self.weight: W.T if self.transposed else W.view(self.holder._parameters[self.weight].shape)}
-        return values if b is None else values | {self.bias: b}
+        """The inverse of `matrix`, in the parameters' own dtypes."""
+        stored = self.holder._parameters
+        values = {self.weight: (W.T if self.transposed else W.reshape(stored[self.weight].shape)).to(stored[self.weight].dtype)}
+        return values if b is None else values | {self.bias: b.to(stored[self.bias].dtype)}
 
     def call(self, forward, values: dict[str, Tensor], args, kwargs):
         """The owner's computation with other parameter values."""

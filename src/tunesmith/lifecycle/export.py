@@ -20,6 +20,8 @@ def merge_to_folder(run_folder: str | Path, out: str | Path) -> dict:
     Returns {"folder", "max_error", "mean_error", "largest_logit"}: the written model, read again, against the adapted one on
     random tokens. Raises `TunesmithError`, with nothing written, for a method that cannot be merged or a folder in use.
     """
+    from transformers.utils import logging
+
     out = _new(out)
     run = open_run(run_folder)
     model, device = run.model, next(run.model.parameters()).device
@@ -27,6 +29,7 @@ def merge_to_folder(run_folder: str | Path, out: str | Path) -> dict:
     adapted = _logits(model, ids)
     ts.merge(model, unload=True)
     _keep_untied(model)
+    logging.disable_progress_bar()
     with atomic_folder(out) as folder:
         model.save_pretrained(folder)
         run.tokenizer.save_pretrained(folder)

@@ -1,6 +1,8 @@
 """Every method, one file each. To add one: write its file and import its class here."""
 
+import sys
 from dataclasses import dataclass
+from types import ModuleType
 
 from .dora import DoRA
 from .full import BitFit, Full, LinearProbe, LNTuning
@@ -25,6 +27,13 @@ class MethodInfo:
     works_on: tuple[str, ...]
 
 
-def methods() -> list[MethodInfo]:
-    """Every registered method."""
-    return [MethodInfo(name, *(getattr(cls, f) for f in ("family", "title", "paper", "mergeable", "quantized_base_ok", "works_on"))) for name, cls in registry.items()]
+class _Methods(ModuleType):
+    """This package is also the function that lists what is in it: `tunesmith.methods()`."""
+
+    def __call__(self) -> list[MethodInfo]:
+        """Every registered method."""
+        facts = ("family", "title", "paper", "mergeable", "quantized_base_ok", "works_on")
+        return [MethodInfo(name, *(getattr(cls, fact) for fact in facts)) for name, cls in registry.items()]
+
+
+sys.modules[__name__].__class__ = _Methods

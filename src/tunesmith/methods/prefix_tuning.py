@@ -1,6 +1,6 @@
 """Prefix tuning: learned keys and values in front of every layer's own."""
 
-from contextlib import contextmanager
+import inspect
 from typing import Literal
 
 import torch
@@ -8,6 +8,7 @@ from pydantic import PositiveInt
 from torch import nn
 
 from ..engine.sites import backbone, width
+from ..engine.adapter import Adapter
 from ..engine.tokens import TokenAdapter, arguments, cache_name, cached, extend, past, token_backbone, token_site
 from ..errors import TunesmithError
 from .method import Method, empty
@@ -42,12 +43,17 @@ class PrefixLayer(TokenAdapter):
         name = cache_name(base)
         if cache is None and self.training and torch.is_grad_enabled():
             call[name] = _read_only(pairs)
-            if "use_cache" in call:
-                call["use_cache"] = False
-            with _cache_under_checkpointing(owner):
-                return base(**call)
+            return _without_cache(base(**call | {"use_cache": False}))
         call[name] = _filled(_new_cache() if cache is None else cache, pairs)
-        return base(**call)
+        output = base(**call)
+        return output if cache is not None or call.get("use_cache") is not False else _without_cache(output)
+
+
+def _without_cache(output):
+    """The output of a call that was not to keep a cache."""
+    if isinstance(output, tuple):
+        return output
+    return type(output)(**{k: v for k, v in output.items() if k not in ("cache", "past_key_values")})
 
 
 def _new_cache():
@@ -69,17 +75,19 @@ def _read_only(pairs):
     return cache
 
 
-@contextmanager
-def _cache_under_checkpointing(owner: nn.Module):
-    """transformers drops a cache from checkpointed layers unless they say that they only read it."""
-    layers = [m for m in owner.modules() if getattr(m, "gradient_checkpointing", False) and hasattr(m, "_can_checkpoint_with_cache")]
-    for layer in layers:
-        layer._can_checkpoint_with_cache = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer._can_checkpoint_with_cache
+class PrefixReader(Adapter):
+    """At each attention module: gives it the prefix where gradient checkpointing has taken its cache away."""
+
+    def __init__(self, prefix: PrefixLayer):
+        super().__init__()
+        self.prefix = [prefix]  # in a list: the parameters belong to the backbone's site alone
+
+    def forward(self, base, *args, **kwargs):
+        call = arguments(base, args, kwargs)
+        if cached(call) is None:
+            hidden = call["hidden_states"]
+            call[cache_name(base)] = _read_only(self.prefix[0].pairs(len(hidden), hidden.dtype))
+        return base(**call)
 
 
 class PrefixTuning(Method):
@@ -99,15 +107,17 @@ class PrefixTuning(Method):
         inner = token_backbone(model, self.method)
         if getattr(model.config, "is_encoder_decoder", False):
             raise TunesmithError("prefix-tuning works on decoder-only and encoder-only models; prompt-tuning works on encoder-decoders")
-        site = token_site(inner, model)
-        return {site.path: (site, {})}
+        readers = [m for m in inner.modules() if hasattr(m, "layer_idx") and "attention" in type(m).__name__.lower() and _cache_argument(m)]
+        return {site.path: (site, {}) for site in (token_site(m, model) for m in [inner, *readers])}
 
     def build(self, model, configs, by_path):
-        (path,) = configs
-        site = by_path[path]
-        return {path: (site, PrefixLayer(self, cache_shapes(site.owner), next(site.owner.parameters())))}
+        (path, *readers), owner = configs, backbone(model)
+        prefix = PrefixLayer(self, cache_shapes(owner), next(owner.parameters()))
+        return {path: (by_path[path], prefix)} | {p: (by_path[p], PrefixReader(prefix)) for p in readers}
 
     def count(self, site):
+        if hasattr(site.owner, "layer_idx"):
+            return 0
         return self.tokens * 2 * sum(h * d for h, d in cache_shapes(site.owner))
 
     peft_type, peft_by_site = "PREFIX_TUNING", False
@@ -128,10 +138,10 @@ class PrefixTuning(Method):
         return config, dict.fromkeys(config.select(model), {})
 
     def peft_tensors(self, site, own):
-        return {"prompt_embeddings": own["prefix"]}
+        return {"prompt_embeddings": own["prefix"]} if own else {}
 
     def own_tensors(self, site, theirs):
-        return {"prefix": theirs["prompt_embeddings"]}
+        return {} if hasattr(site.owner, "layer_idx") else {"prefix": theirs["prompt_embeddings"]}
 
 
 def cache_shapes(model: nn.Module) -> list[tuple[int, int]]:
@@ -142,7 +152,7 @@ def cache_shapes(model: nn.Module) -> list[tuple[int, int]]:
     device = next(inner.parameters()).device
     try:
         with torch.no_grad():
-            inner.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), **{_cache_argument(inner): cache})
+            inner.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), **{_cache_argument(inner) or 'cache': cache})
     finally:
         inner.train(training)
     layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
@@ -151,7 +161,6 @@ def cache_shapes(model: nn.Module) -> list[tuple[int, int]]:
     return [(layer.keys.shape[1], layer.keys.shape[3]) for layer in layers]
 
 
-def _cache_argument(model: nn.Module) -> str:
-    import inspect
-
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+def _cache_argument(module: nn.Module) -> str | None:
+    taken = inspect.signature(module.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in taken), None)

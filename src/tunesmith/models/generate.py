@@ -1,12 +1,13 @@
 """Greedy or beam-search text from prompts, the same for a prompt alone and in any batch."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
 
-from .load import quiet
+from .hub import quiet
 
 
 @contextlib.contextmanager
@@ -27,7 +28,7 @@ def encode_prompt(tokenizer, text: str) -> list[int]:
 
     A BOS that a chat template already wrote into the text is not doubled.
     """
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:1] != [bos] and tokenizer.encode("a")[:1] == [bos]:
         ids = [bos, *ids]
@@ -46,6 +47,20 @@ def _cut(text: str, stop: Sequence[str]) -> str:
     return text[:min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
 
 
+def _stopping(tokenizer, stop: Sequence[str], width: int):
+    """Ends a row once a stop string is in the text after its first `width` tokens."""
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    class AtStopString(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            # a stop string spans at most as many tokens as it has bytes
+            tail = input_ids[:, width:][:, -max(len(s.encode()) for s in stop) - 1:]
+            return torch.tensor([any(s in text for s in stop) for text in tokenizer.batch_decode(tail)],
+                                device=input_ids.device)
+
+    return StoppingCriteriaList([AtStopString()] if stop else [])
+
+
 def generate(model, tokenizer, prompts: Sequence[str | list[int]], max_new_tokens: int = 128, batch_size: int = 8,
              stop: Sequence[str] | None = None, progress: Callable[[int, int], None] | None = None,
              num_beams: int = 1) -> list[str]:
@@ -55,14 +70,16 @@ def generate(model, tokenizer, prompts: Sequence[str | list[int]], max_new_token
     start at each prompt's first token. `progress(done, total)` is called after every batch. Sampling settings of the
     model are ignored: the answer is the greedy one (or the best of `num_beams`). Training flags are restored.
     """
-    from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+    from transformers import GenerationConfig
 
     stop = [s for s in stop or () if s]
     encoded = [encode_prompt(tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
     ends = _end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0] if ends else 0
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else pad
-    encoded = [ids or [start] for ids in encoded]  # an empty prompt still needs one token to start from
+    room = max(1, getattr(model.config, "max_position_embeddings", None) or sys.maxsize) - max_new_tokens
+    # a prompt that is too long keeps its end; an empty one still needs a token to start from
+    encoded = [ids[-max(room, 1):] or [start] for ids in encoded]
     config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, num_beams=num_beams, use_cache=True,
                               eos_token_id=ends or None, pad_token_id=pad, repetition_penalty=1.0,
                               no_repeat_ngram_size=0)
@@ -77,16 +94,8 @@ def generate(model, tokenizer, prompts: Sequence[str | list[int]], max_new_token
             ids = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i in batch], device=device)
             mask = torch.tensor([[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in batch], device=device)
 
-            class AtStopString(StoppingCriteria):
-                def __call__(self, input_ids, scores, width=width, **kwargs):
-                    # a stop string spans at most as many tokens as it has bytes
-                    tail = input_ids[:, width:][:, -max(len(s.encode()) for s in stop) - 1:]
-                    return torch.tensor([any(s in text for s in stop) for text in tokenizer.batch_decode(tail)],
-                                        device=input_ids.device)
-
-            criteria = StoppingCriteriaList([AtStopString()] if stop else [])
             output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config,
-                                    stopping_criteria=criteria)
+                                    stopping_criteria=_stopping(tokenizer, stop, width))
             for i, row in zip(batch, output[:, width:].tolist(), strict=True):
                 length = next((n for n, token in enumerate(row) if token in ends), len(row))
                 results[i] = _cut(tokenizer.decode(row[:length], skip_special_tokens=True), stop)

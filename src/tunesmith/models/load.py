@@ -8,13 +8,13 @@ import copy
 import importlib.util
 import io
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from ..errors import TunesmithError, nearest
 from ..files import atomic_folder
+from .hub import quiet, unreachable
 
 # name -> (Python package that carries the weights, hub id where the package is not installed)
 PACKAGED = {
@@ -27,22 +27,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def cache_folder() -> Path:
     """Where converted models are kept: `$TUNESMITH_CACHE`, else `~/.cache/tunesmith`."""
     return Path(os.environ.get("TUNESMITH_CACHE") or Path.home() / ".cache" / "tunesmith")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars and no "newly initialised" notes from transformers: both are expected here."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _package_folder(package: str) -> Path | None:
@@ -109,22 +93,6 @@ def resolve(name: str) -> str:
     return str(cached)
 
 
-def _offline(where: str) -> bool:
-    """True for a folder, and for a hub id when the hub does not answer: asking once here spares a minute of retries."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if Path(where).is_dir():
-        return True
-    try:
-        HfApi().model_info(where, timeout=10)
-    except (HfHubHTTPError, ValueError):
-        return False  # it answers: from_pretrained words the refusal
-    except Exception:  # noqa: BLE001 - whichever HTTP client the hub library uses
-        return True
-    return False
-
-
 def _missing(name: str, where: str, error: Exception) -> TunesmithError:
     names = ", ".join(f'"{n}"' for n in PACKAGED)
     if name in PACKAGED:
@@ -153,6 +121,7 @@ def load(name: str, task: str, labels: list[str] | None = None, dtype: str = "fl
         adapter = (path / "adapter_config.json").exists() or (path / "adapter.json").exists()
         raise TunesmithError(f"{name} is an adapter, not a model: name its base model" if adapter
                              else f"the folder {name} holds no model: config.json is missing")
+    from huggingface_hub import HfApi
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -160,7 +129,7 @@ def load(name: str, task: str, labels: list[str] | None = None, dtype: str = "fl
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            offline = _offline(where)
+            offline = Path(where).is_dir() or unreachable(lambda: HfApi().model_info(where, timeout=10))
             tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=offline)
             config = AutoConfig.from_pretrained(where, local_files_only=offline)
             own_labels = list(config.id2label.values()) if _classifies(config) else None
@@ -171,6 +140,7 @@ def load(name: str, task: str, labels: list[str] | None = None, dtype: str = "fl
                 config.num_labels = len(names)
                 config.id2label = dict(enumerate(names))
                 config.label2id = {label: i for i, label in enumerate(names)}
+                config.problem_type = "single_label_classification"
                 model = AutoModelForSequenceClassification.from_pretrained(
                     where, config=config, dtype=DTYPES[dtype], use_safetensors=True, ignore_mismatched_sizes=True,
                     local_files_only=offline)

@@ -21,8 +21,7 @@ def build(model: nn.Module, name: str = "adamw", lr: float = 1e-3, weight_decay:
         for group in record.config.param_groups(adapters(model, adapter), lr):
             new = [p for p in group["params"] if id(p) not in seen]
             seen |= {id(p) for p in new}
-            for decay in (weight_decay, 0.0):
-                part = [p for p in new if (p.dim() > 1) == (decay is weight_decay)] if weight_decay else new if decay is weight_decay else []
-                if part:
-                    groups.append(group | {"params": part, "weight_decay": decay})
+            for params, decay in (([p for p in new if p.dim() > 1], weight_decay), ([p for p in new if p.dim() < 2], 0.0)):
+                if params:
+                    groups.append(group | {"params": params, "weight_decay": decay})
     return OPTIMIZERS[name](groups, lr=lr, weight_decay=weight_decay, **options)

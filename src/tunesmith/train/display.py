@@ -18,6 +18,7 @@ class Display:
     def __exit__(self, *exc):
         if self.bar:
             self.bar.stop()
+            self.bar = None
 
     def __call__(self, event: dict) -> None:
         if not self.silent:
@@ -31,6 +32,7 @@ class Display:
         self.note(event["text"])
 
     def _start(self, event):
+        self.__exit__()
         self.note(event["summary"])
         if event["step"]:
             self.note(f"going on at step {event['step']:,} of {event['total']:,}")
@@ -50,14 +52,16 @@ class Display:
         if not self.bar:
             self.note(f"step {event['step']:>5}  epoch {event['epoch']:.2f}  {_numbers(event)}")
 
+    def _scoring(self, event):
+        if self.bar:
+            self.bar.update(self.task, shown=f"evaluating {event['done']:,} of {event['rows']:,} rows")
+
     def _eval(self, event):
         metrics = "  ".join(f"{name} {value:.4g}" for name, value in event["metrics"].items())
         self.note(f"step {event['step']:>5}  {metrics}" + ("  (best so far, kept)" if event["best"] else ""))
 
     def _end(self, event):
-        if self.bar:
-            self.bar.stop()
-            self.bar = None
+        self.__exit__()
 
 
 def _numbers(event: dict) -> str:

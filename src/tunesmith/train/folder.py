@@ -23,6 +23,8 @@ def default(model: str, method: str, task: str) -> str:
 
 def check(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
     """Raises `TunesmithError` when a run may not go to `folder`, or is not the one that is to be resumed. Writes nothing."""
+    if resume and overwrite:
+        raise TunesmithError("resume goes on with a run and overwrite throws it away; choose one")
     if folder.exists() and not folder.is_dir():
         raise TunesmithError(f"the output {folder} is a file; name a folder with output=...")
     parent = next(p for p in (folder, *folder.resolve().parents) if p.exists())
@@ -118,7 +120,8 @@ def open_run(folder: str | Path, adapter: bool = True, device: str | None = None
     """
     import tunesmith as ts
 
-    from .. import data, models
+    from .. import models
+    from .taskdata import task_of
 
     folder = Path(folder)
     if not is_run(folder):
@@ -129,7 +132,7 @@ def open_run(folder: str | Path, adapter: bool = True, device: str | None = None
     recipe = recipes.check(recipes.read_yaml(folder / "recipe.yaml")[0])
     try:
         about = json.loads((folder / "data.json").read_text())
-        task, columns, labels = data.tasks.get(about["task"]), about["columns"], about["labels"]
+        task, columns, labels = task_of(about["task"], recipe.task_options), about["columns"], about["labels"]
     except (OSError, ValueError, KeyError) as error:
         raise TunesmithError(f"{folder}/data.json is missing or damaged; train the run anew (--overwrite)") from error
     if adapter and not (folder / "adapter").is_dir():

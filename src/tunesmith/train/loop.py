@@ -7,36 +7,35 @@ gradients are summed, and process 0 alone evaluates and writes.
 import errno
 import json
 import math
-import os
-import random
 import shutil
 import time
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import tunesmith as ts
 
-from .. import data, methods, models, optim
+from .. import data, models, optim
+from ..data import tasks
 from ..errors import TunesmithError
+from ..methods import parse
 from . import checkpoint, memory, report
 from . import folder as run_folder
 from .evaluate import evaluate
 from .metrics import Metrics
 from .prepare import assert_learning, prepare, with_head
 from .recipe import Recipe
+from .step import loss_of, predicted, processes, reduced, schedule, seed, sum_gradients, to
+from .taskdata import check_labels, columns_of, task_of
 
 CHECKPOINT_S = 60.0
 
 Tell = Callable[[dict], None]
-"""Told of every {"event": "note" | "start" | "step" | "log" | "eval" | "end", ...}."""
+"""Told of every {"event": "note" | "start" | "step" | "log" | "scoring" | "eval" | "end", ...}."""
 
 
 @dataclass
@@ -68,7 +67,7 @@ def _run(recipe, progress, resume, overwrite):
 
     # Data: what is learned, what chooses the adapter that is kept, what is scored once at the end.
     rows = data.load(recipe.data, recipe.split, recipe.limit)
-    task = data.tasks.get(recipe.task or data.tasks.guess(rows))
+    task = task_of(recipe.task or tasks.guess(rows), recipe.task_options)
     columns = task.columns(rows, recipe.columns)
     labels = task.labels(rows, columns)
     train, held = rows, None
@@ -78,15 +77,12 @@ def _run(recipe, progress, resume, overwrite):
         train, held = data.split(rows, recipe.holdout, recipe.seed, columns.get("label") if labels else None)
         held = data.sample(held, recipe.eval_limit)
     test = data.load(recipe.test, recipe.eval_split, recipe.eval_limit) if recipe.test else None
-    for source, other in ((recipe.eval, held), (recipe.test, test)):
-        if source:
-            task.columns(other, columns)
-            if labels:
-                check_labels(source, other, columns["label"], labels)
-    tell({"event": "note", "text": f"task {task.name}: " + ", ".join(f"{role} from {column!r}" for role, column in columns.items())})
+    scored = {name: (source, rows, columns_of(task, rows, columns)) for name, source, rows in (
+        ("eval", recipe.eval, held), ("test", recipe.test, test)) if rows is not None}  # fmt: skip
+    tell({"event": "note", "text": f"task {task.name}: " + ", ".join(f"{role} from column {column!r}" for role, column in columns.items())})
     tell({"event": "note", "text": f"{len(train):,} rows to train on, {len(held) if held is not None else 0:,} to evaluate on"})
 
-    method = methods.parse(recipe.method)
+    method = parse(recipe.method)
     recipe = recipe.model_copy(
         update={
             "task": task.name,
@@ -99,6 +95,8 @@ def _run(recipe, progress, resume, overwrite):
     )
     folder = Path(recipe.output)
     run_folder.check(folder, recipe, resume, overwrite)
+    if world > 1:
+        dist.barrier()  # everyone has looked before the first one writes
     if resume and (folder / "summary.json").exists():
         tell({"event": "note", "text": f"the run in {folder} is finished already"})
         report.write(folder)
@@ -108,6 +106,9 @@ def _run(recipe, progress, resume, overwrite):
     # Model, and the examples tokenised once. A step takes `share` batches, one or more for each process.
     model, tokenizer = models.load(recipe.model, task.name, labels, recipe.dtype, recipe.seed)
     model.to(device)
+    for source, other, found in scored.values():
+        if source and labels:
+            check_labels(source, other, found, task, tokenizer, labels)
     examples = task.encode(train, columns, tokenizer, labels, recipe.max_length)
     if recipe.packing:
         if task.name != "sft":
@@ -127,16 +128,17 @@ def _run(recipe, progress, resume, overwrite):
     total = min(recipe.epochs * per_epoch, recipe.max_steps or math.inf)
     eval_every = recipe.eval_every or per_epoch
 
-    def score(rows):
-        more = {"max_new_tokens": recipe.max_new_tokens} if recipe.max_new_tokens else {}
-        return evaluate(model, tokenizer, task, rows, columns, labels, batch_size=recipe.eval_batch_size, **more)
+    def watch(done: int, rows: int):
+        tell({"event": "scoring", "done": done, "rows": rows})
+
+    def score(name: str):
+        _, rows, found = scored[name]
+        return evaluate(model, tokenizer, task, rows, found, labels, recipe.eval_batch_size, recipe.max_new_tokens, None, watch, recipe.max_length)
 
     # The untouched model first, where asked; then the adapter and its optimiser.
     state_file = folder / "checkpoint" / "state.pt"
     go_on = resume and state_file.exists()
-    base = {}
-    if recipe.baseline and rank == 0 and not go_on:
-        base = {name: score(rows) for name, rows in (("eval", held), ("test", test)) if rows is not None}
+    base = {name: score(name) for name in scored} if recipe.baseline and rank == 0 and not go_on else {}
     seed(recipe.seed, "adapter")
     ts.adapt(model, with_head(method, model) if task.name == "classification" else method)
     prepare(model, recipe.gradient_checkpointing)
@@ -170,14 +172,14 @@ def _run(recipe, progress, resume, overwrite):
         epoch, index = divmod(state.step, per_epoch)
         mine = batches(epoch)[index * share : (index + 1) * share][rank::world]
         inputs = [to(data.collate([examples[i] for i in batch], pad_id, "right", model.dtype), device) for batch in mine]
-        count = reduced(sum(predicted(batch["labels"], task) for batch in inputs), device, world)
+        count = reduced(sum(predicted(batch["labels"]) for batch in inputs), device, world)
         rate = schedule(state.step, total, recipe.warmup, recipe.schedule)
         for group, peak in zip(optimizer.param_groups, peak_rates, strict=True):
             group["lr"] = peak * rate
         seed(recipe.seed, "step", state.step, rank)
         loss = 0.0
         for batch in inputs:
-            part = loss_of(model, batch, task) * (predicted(batch["labels"], task) / max(count, 1))
+            part = loss_of(model, batch, task, max(count, 1))
             part.backward()
             loss += part.item()
         loss = reduced(loss, device, world)
@@ -204,7 +206,7 @@ def _run(recipe, progress, resume, overwrite):
         place = {"step": state.step, "epoch": round(state.step / per_epoch, 4)}
         tell({"event": "step", **place, "loss": loss, "tokens_per_s": state.tokens / state.lap_s, "peak_mb": state.peak_mb})
         end_of_epoch = state.step % per_epoch == 0
-        if state.step % recipe.log_every == 0 or state.step == total:
+        if state.step == 1 or state.step % recipe.log_every == 0 or state.step == total:
             line = place | {"loss": state.loss_sum / state.loss_count, "lr": recipe.lr * rate, "tokens_per_s": state.tokens / state.lap_s}
             line |= {"time_s": state.time_s, "peak_mb": state.peak_mb}
             state.loss_sum, state.loss_count, state.tokens, state.lap_s = 0.0, 0, 0, 0.0
@@ -215,7 +217,7 @@ def _run(recipe, progress, resume, overwrite):
         # Evaluation keeps the best adapter; without evaluation data the latest is the best.
         if state.step % eval_every == 0 or state.step == total:
             if rank == 0 and held is not None:
-                result = score(held)
+                result = score("eval")
                 model.train()
                 value = result.metrics[task.metric]
                 state.last = result.metrics
@@ -247,7 +249,7 @@ def _run(recipe, progress, resume, overwrite):
         if state.best["step"] != state.step:
             ts.detach(model)
             ts.load(model, folder / "adapter")
-        tested = score(test)
+        tested = score("test")
         run_folder.write_predictions(folder, "test", tested.predictions)
     summary = {
         "method": method.method, "model": recipe.model, "task": task.name, "metric": task.metric, "higher_is_better": task.higher_is_better,
@@ -268,73 +270,3 @@ def _run(recipe, progress, resume, overwrite):
     report.write(folder)
     tell({"event": "end", "folder": str(folder), "summary": summary})
     return RunResult(folder, summary["eval"], summary)
-
-
-def processes(device: str) -> tuple[torch.device, int, int]:
-    """(device, rank, number of processes), joining the others where a launcher started several."""
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    here = run_folder.pick_device(device)
-    if world > 1:
-        if here.type == "cuda":
-            here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(here)
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if here.type == "cuda" else "gloo")
-    return here, rank, world
-
-
-def seed(*what) -> None:
-    """Seed every generator from (seed, step, …), so that a resumed run draws the numbers it would have drawn."""
-    number = zlib.crc32(repr(what).encode())
-    random.seed(number)
-    np.random.seed(number)
-    torch.manual_seed(number)
-
-
-def schedule(step: int, total: int, warmup: float, shape: str) -> float:
-    """Learning rate of step 0 … total-1 as a share of the peak: a linear rise, then a cosine or linear fall to 0."""
-    rise = round(warmup * total)
-    if step < rise:
-        return (step + 1) / (rise + 1)
-    if shape == "constant":
-        return 1.0
-    done = (step - rise) / max(total - rise, 1)
-    return 1 - done if shape == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-
-
-def loss_of(model: nn.Module, batch: dict[str, Tensor], task) -> Tensor:
-    """Mean loss of a batch, over rows (classification, labels (b,)) or over predicted tokens (labels (b, t))."""
-    batch = dict(batch)
-    labels = batch.pop("labels")
-    if task.name == "classification":
-        return F.cross_entropy(model(**batch).logits.float(), labels)
-    return ts.causal_lm_loss(model, batch.pop("input_ids"), labels, **batch)
-
-
-def predicted(labels: Tensor, task) -> int:
-    """How many losses the mean of a batch is over."""
-    return len(labels) if task.name == "classification" else int((labels[:, 1:] != -100).sum())
-
-
-def to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def reduced(value: float, device: torch.device, world: int) -> float:
-    """The sum over processes."""
-    if world == 1:
-        return value
-    tensor = torch.tensor(float(value), dtype=torch.float64, device=device)
-    dist.all_reduce(tensor)
-    return tensor.item()
-
-
-def sum_gradients(parameters, world: int) -> None:
-    """Sum gradients over processes in one message; a process whose share of the step was empty adds zeros."""
-    if world == 1:
-        return
-    parameters = list(parameters)
-    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).float().flatten() for p in parameters])
-    dist.all_reduce(flat)
-    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter).to(parameter.dtype)

@@ -58,7 +58,7 @@ def preview(model_name: str, method: Any, targets: list[str] | None = None) -> l
     except TunesmithError:
         model, _ = models.load(model_name, "classification", labels=["a", "b"])  # an encoder
     ts.adapt(model, method, targets=targets)
-    places = {path: hub._site for path, hub in hubs(model).items()}
+    places = {path: hub.site for path, hub in hubs(model).items()}
     return [
         {
             "path": site.path or type(model).__name__,

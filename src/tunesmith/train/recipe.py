@@ -24,11 +24,12 @@ class Recipe(BaseModel):
     test: str | None = Field(None, description="data scored once, at the end, with the kept adapter")
     task: Literal["classification", "sft", "choice", "math", "lm"] | None = Field(None, description="guessed from the columns when absent")
     columns: dict[str, str] = Field({}, description="role: column, e.g. {text: utterance, label: intent}; guessed when obvious")
+    task_options: dict[str, Any] = Field({}, description="of the task, e.g. {prompt: alpaca} for sft, choice and math")
     split: str = Field("train", description="split of a hub data set to train on")
     eval_split: str = Field("test", description="split of a hub data set to evaluate and test on")
     holdout: float = Field(0.1, ge=0, lt=1, description="share of `data` held out for evaluation when `eval` is absent; 0: none")
-    limit: Positive | None = Field(None, description="train on the first so many rows")
-    eval_limit: Positive | None = Field(None, description="evaluate on the first so many rows")
+    limit: Positive | None = Field(None, description="train on so many rows, evenly spread over the data")
+    eval_limit: Positive | None = Field(None, description="evaluate on so many rows, evenly spread over the data")
     baseline: bool = Field(False, description="also evaluate the untouched model, before training")
 
     epochs: Positive = 3

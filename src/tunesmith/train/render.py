@@ -54,6 +54,11 @@ def method_label(method: str | dict) -> str:
     return str(method.get("method", "?")) + (f" ({', '.join(fields)})" if fields else "")
 
 
+def model_name(model: str) -> str:
+    """A hub id or a known name as it is, of a local folder the last part."""
+    return Path(model).name if Path(model).is_absolute() or model.startswith(".") else model
+
+
 def _plain(value) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
@@ -84,7 +89,7 @@ def _environment(folder: Path) -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "number": number, "percent": percent, "size": size, "duration": duration, "flat": flat,
+        "number": number, "percent": percent, "size": size, "duration": duration, "flat": flat, "model_name": model_name,
     }  # fmt: skip
     script = (HERE / "page.js").read_text(encoding="utf-8")
     # The browser runs this one script and nothing else, whatever text the user's data holds.

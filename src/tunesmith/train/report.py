@@ -9,12 +9,11 @@ from itertools import accumulate
 from pathlib import Path
 
 import yaml
-from markupsafe import Markup
 
 from ..errors import TunesmithError
 from ..files import atomic_write
 from . import svg
-from .render import number, render
+from .render import model_name, number, render
 
 HEAT_MAP_LABELS = 40
 EXAMPLES = 10
@@ -73,12 +72,12 @@ def interval(correct: int, n: int) -> tuple[float, float]:
 
 
 def _curve(id: str, title: str, points: list[tuple], unit: str, say, raw: bool = False) -> dict | None:
-    """A figure of `points` (step, value), or None where there is nothing to draw.
+    """A figure of `points` (step, value), or None where there is no curve to draw.
 
     say: the caption for the points as drawn. raw: the points are noisy; draw them faint below their average.
     """
     points = _finite(points)
-    if not points:
+    if len(points) < 2:
         return None
     span = max(5, len(points) // 10 | 1)
     if raw and len(points) >= span:
@@ -99,13 +98,9 @@ def _peak(points: list[tuple[float, float]]) -> str:
     return f"Highest: {number(float(rate))} at step {step:,}."
 
 
-def _median(points: list[tuple[float, float]]) -> str:
-    return f"Median: {number(statistics.median(y for _, y in points))} tokens per second."
-
-
 def _eval_curve(evals: list[dict], metric: str, higher: bool, base: float | None) -> dict | None:
     points = _finite([(row["step"], row["eval"].get(metric)) for row in evals])
-    if not points:
+    if len(points) < 2:
         return None
     step, value = (max if higher else min)(points, key=lambda p: p[1])
     series = [svg.Series(metric, points), svg.Series("best", [(step, value)], "ring")]
@@ -132,7 +127,8 @@ def _figures(logs: list[dict], evals: list[dict], metric: str | None, higher: bo
         eval_loss = [(row["step"], row["eval"].get("loss")) for row in evals]
         shown.append(_curve("eval-loss", "Loss on the evaluation data", eval_loss, "loss", _from_to))
     shown.append(_curve("lr", "Learning rate", column("lr"), "learning rate", _peak))
-    shown.append(_curve("speed", "Speed", column("tokens_per_s"), "tokens/s", _median, raw=True))
+    median = f"Median: {number(median_speed(logs) or 0)} tokens per second."
+    shown.append(_curve("speed", "Speed", column("tokens_per_s"), "tokens/s", lambda _: median, raw=True))
     return [figure for figure in shown if figure]
 
 
@@ -157,9 +153,7 @@ def _examples(predictions: list[dict]) -> list[dict]:
         ("Correct", [row for row in rows if row["correct"] is True]),
         ("Not graded", [row for row in rows if row["correct"] is None]),
     ]
-    return [
-        {"title": title, "total": len(found), "rows": svg.thin(found, EXAMPLES)} for title, found in groups if found
-    ]
+    return [{"title": title, "total": len(found), "rows": svg.thin(found, EXAMPLES)} for title, found in groups if found]
 
 
 def per_class(counts: Counter) -> list[dict]:
@@ -232,7 +226,7 @@ def write(run_folder: str | Path) -> Path:
     higher, base = summary.get("higher_is_better", True), _value(summary.get("base_metrics"), metric)
     values = {
         "method": method["method"] if isinstance(method, dict) else method,
-        "model": summary.get("model") or recipe.get("model"),
+        "model": model_name(summary.get("model") or recipe.get("model") or "?"),
         "task": task,
         "source": recipe.get("data"),
         "metric": metric,

@@ -31,7 +31,7 @@ class Axis:
 
 def _text(value: float, step: float, top: float) -> str:
     for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if top >= 1e5 and abs(value) >= size:
+        if top >= 1e5 and abs(value) >= size and abs(float(f"{value / size:.4g}") * size - value) < step / 10:
             return f"{value / size:.4g}{suffix}"
     return f"{value:,.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
 
@@ -55,6 +55,8 @@ def axis(values: Sequence[float], label: str, log: bool = False) -> Axis:
     rough = (hi - lo) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(s * power for s in (1, 2, 5, 10) if s * power >= rough * (1 - 1e-9))
+    if all(isinstance(value, int) for value in values):
+        step = max(step, 1)
     first, last = math.floor(lo / step + 1e-6), math.ceil(hi / step - 1e-6)
     unit = 10.0**scale
     ticks = [(i * step, _text(i * step / unit, step / unit, hi)) for i in range(first, last + 1)]
@@ -72,9 +74,7 @@ def _place(x: Axis, y: Axis):
 def _frame(x: Axis, y: Axis, body: list[Markup], described_by: str, reference: tuple[float, str] | None) -> Markup:
     px, py = _place(x, y)
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
-    parts = [
-        Markup('<svg viewBox="0 0 {} {}" role="img" aria-labelledby="{}">').format(WIDTH, HEIGHT, described_by)
-    ]
+    parts = [Markup('<svg viewBox="0 0 {} {}" role="img" aria-labelledby="{}">').format(WIDTH, HEIGHT, described_by)]
     for value, text in y.ticks:
         at = f"{py(value):.1f}"
         parts.append(Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, right, at, at))
@@ -84,20 +84,12 @@ def _frame(x: Axis, y: Axis, body: list[Markup], described_by: str, reference: t
         at = f"{px(value):.1f}"
         parts.append(Markup('<line class="axis" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(at, at, bottom, bottom + 4))
         parts.append(Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>').format(at, bottom + 18, text))
-    parts.append(
-        Markup('<text class="label" x="{}" y="{}" text-anchor="end">{}</text>').format(right, HEIGHT - 8, x.label)
-    )
+    parts.append(Markup('<text class="label" x="{}" y="{}" text-anchor="end">{}</text>').format(right, HEIGHT - 8, x.label))
     parts.append(Markup('<text class="label" x="0" y="12">{}</text>').format(y.label))
     if reference:
         at = py(reference[0])
-        parts.append(
-            Markup('<line class="reference" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(LEFT, right, at, at)
-        )
-        parts.append(
-            Markup('<text class="label" x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(
-                right, at - 6, reference[1]
-            )
-        )
+        parts.append(Markup('<line class="reference" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(LEFT, right, at, at))
+        parts.append(Markup('<text class="label" x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(right, at - 6, reference[1]))
     return Markup("").join([*parts, *body, Markup("</svg>")])
 
 
@@ -133,9 +125,7 @@ def _legend(names: list[tuple[str, str]]) -> list[Markup]:
     return parts
 
 
-def lines(
-    series: list[Series], x_label: str, y_label: str, described_by: str, reference: tuple[float, str] | None = None
-) -> Markup:
+def lines(series: list[Series], x_label: str, y_label: str, described_by: str, reference: tuple[float, str] | None = None) -> Markup:
     """Series over a shared x axis; `reference` is a named horizontal line; `described_by` the id of the caption."""
     xs = [x for s in series for x, _ in s.points]
     ys = [y for s in series for _, y in s.points] + ([reference[0]] if reference else [])
@@ -151,10 +141,7 @@ def lines(
             body.append(Markup('<polyline class="{}" points="{}"/>').format(s.style, path))
             points = points if len(points) <= 30 and s.style == "line" else []
         body += [
-            Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="{}"/>').format(
-                s.style, px(a), py(b), 7 if s.style == "ring" else 3.5
-            )
-            for a, b in points
+            Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="{}"/>').format(s.style, px(a), py(b), 7 if s.style == "ring" else 3.5) for a, b in points
         ]
     values = [(s.name, dict(s.points)) for s in series if s.style != "ring"]
     stops = thin(series[0].points, 120)
@@ -190,9 +177,7 @@ def _free_place(px: float, py: float, width: float, taken: list[tuple[float, flo
         left = x - {"start": 0, "middle": width / 2, "end": width}[anchor]
         box = (left, y - 11, left + width, y + 3)
         inside = box[0] >= LEFT and box[2] <= WIDTH and box[1] >= TOP - 8 and box[3] <= HEIGHT - BOTTOM
-        if inside and not any(
-            box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken
-        ):
+        if inside and not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
             return (x, y, anchor), box
     return None
 
@@ -232,9 +217,7 @@ def scatter(
         at = px(p.x), py(p.y)
         spread = Markup("")
         if p.spread:
-            spread = Markup('<line class="spread" x1="{0:.1f}" x2="{0:.1f}" y1="{1:.1f}" y2="{2:.1f}"/>').format(
-                at[0], py(p.y - p.spread), py(p.y + p.spread)
-            )
+            spread = Markup('<line class="spread" x1="{0:.1f}" x2="{0:.1f}" y1="{1:.1f}" y2="{2:.1f}"/>').format(at[0], py(p.y - p.spread), py(p.y + p.spread))
         label = Markup("")
         if place := _free_place(*at, 1.1 * CHARACTER * len(p.label), taken):
             (left, top, anchor), box = place
@@ -261,23 +244,13 @@ def heat_map(counts: Counter, labels: list[str], described_by: str) -> Markup:
         totals[expected] += n
     top = height - side - 8
     parts = [
-        Markup('<svg class="heat" viewBox="0 0 {0:.0f} {1:.0f}" style="width:{0:.0f}px" role="img" aria-labelledby="{2}">').format(
-            width, height, described_by
-        ),
+        Markup('<svg class="heat" viewBox="0 0 {0:.0f} {1:.0f}" style="width:{0:.0f}px" role="img" aria-labelledby="{2}">').format(width, height, described_by),
         Markup('<rect class="field" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>').format(margin, top, side, side),
     ]
     for label in labels:
         middle = place[label] + cell / 2
-        parts.append(
-            Markup('<text x="{:.1f}" y="{:.1f}" dy="4" text-anchor="end">{}</text>').format(
-                margin - 8, top + middle, shown[label]
-            )
-        )
-        parts.append(
-            Markup('<text transform="translate({:.1f} {:.1f}) rotate(-45)">{}</text>').format(
-                margin + middle + 3, top - 7, shown[label]
-            )
-        )
+        parts.append(Markup('<text x="{:.1f}" y="{:.1f}" dy="4" text-anchor="end">{}</text>').format(margin - 8, top + middle, shown[label]))
+        parts.append(Markup('<text transform="translate({:.1f} {:.1f}) rotate(-45)">{}</text>').format(margin + middle + 3, top - 7, shown[label]))
     for (expected, predicted), n in sorted(counts.items()):
         share = n / totals[expected]
         kind = "right" if expected == predicted else "wrong"
@@ -286,14 +259,8 @@ def heat_map(counts: Counter, labels: list[str], described_by: str) -> Markup:
             Markup(
                 '<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" fill-opacity="{:.2f}">'
                 "<title>expected {}, predicted {}: {:,} ({:.0%})</title></rect>"
-            ).format(
-                kind, x + 0.5, y + 0.5, cell - 1, cell - 1, 0.2 + 0.38 * math.sqrt(share), expected, predicted, n, share
-            )
+            ).format(kind, x + 0.5, y + 0.5, cell - 1, cell - 1, 0.2 + 0.38 * math.sqrt(share), expected, predicted, n, share)
         )
         if cell >= 22:
-            parts.append(
-                Markup('<text class="count" x="{:.1f}" y="{:.1f}" dy="4" text-anchor="middle">{}</text>').format(
-                    x + cell / 2, y + cell / 2, n
-                )
-            )
+            parts.append(Markup('<text class="count" x="{:.1f}" y="{:.1f}" dy="4" text-anchor="middle">{}</text>').format(x + cell / 2, y + cell / 2, n))
     return Markup("").join([*parts, Markup("</svg>")])

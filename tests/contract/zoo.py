@@ -1,0 +1,78 @@
+"""The models the contract runs over, and what each method cannot do on them."""
+
+import torch
+from torch import nn
+
+from tests import tiny
+from tunesmith import optim
+from tunesmith.methods import registry
+
+import tunesmith as ts
+
+
+def attention_net(hidden=16):
+    """torch's own encoder: fused in-projections, and an evaluation path that reads weights past every forward."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(hidden, 4, 2 * hidden, dropout=0.0, batch_first=True)
+    return nn.Sequential(nn.Embedding(30, hidden), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(hidden, 5)).eval()
+
+
+MODELS = {**tiny.BUILDERS, "attention": attention_net}
+
+# Pairs that end in one clear sentence instead of an adapter.
+CANNOT = {
+    "bitfit": {"llama", "t5"},
+    "prompt-tuning": {"vit", "convnet", "attention"},
+    "prefix-tuning": {"vit", "convnet", "attention", "t5"},
+    "series-adapter": {"convnet"},
+}
+
+PAIRS = [(method, kind) for method in registry for kind in MODELS if kind not in CANNOT.get(method, ())]
+
+
+def build(kind, dtype=torch.float32):
+    return MODELS[kind]().to(dtype)
+
+
+def inputs(kind, rows=3, dtype=torch.float32):
+    if kind == "attention":
+        return {"x": torch.randint(0, 30, (rows, 6), generator=torch.Generator().manual_seed(0))}
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in tiny.batch(kind, rows).items()}
+
+
+def logits(model, batch):
+    if len(batch) == 1 and "input_ids" not in batch and not hasattr(model, "config"):
+        return model(*batch.values())
+    return model(**batch).logits
+
+
+def loss(model, batch):
+    out = logits(model, batch)
+    out = out.flatten(0, -2)
+    labels = torch.arange(len(out)) * 7 % min(out.shape[-1], 11)
+    return nn.functional.cross_entropy(out.float(), labels)
+
+
+def stir(model, seed=1, size=0.1):
+    """Move every trained value, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in ts.trainable(model).values():
+            p.add_(size * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype))
+    return model
+
+
+def train(model, batch, steps=1, lr=None):
+    optimizer = optim.build(model, lr=lr or 1e-2)
+    losses = []
+    for _ in range(steps):
+        value = loss(model, batch)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    return losses
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -1,0 +1,101 @@
+"""A run killed with SIGKILL at any moment goes on to the same bits; several processes train as one does."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+from tunesmith.train import recipe as recipes
+
+TIMES = ("time_s", "train_s", "tokens_per_s", "peak_mb")
+# A server that has imported everything, computed nothing, and forks a fresh process for each run.
+context = multiprocessing.get_context("forkserver")
+transformers = [f"transformers.models.{name}" for name in ("auto", "auto.tokenization_auto", "bert.modeling_bert", "llama.modeling_llama")]
+context.set_forkserver_preload(["tunesmith.train.loop", "torch.utils.tensorboard", "datasets", *transformers])
+
+
+def train(values, resume=False, env=None):
+    """The body of a child process."""
+    os.environ.update(env or {})
+    import torch
+
+    torch.set_num_threads(1)
+    from tunesmith.train.loop import run
+
+    run(recipes.check(values), resume=resume)
+
+
+def in_process(*args, env=None):
+    child = context.Process(target=train, args=args, kwargs={"env": env})
+    child.start()
+    return child
+
+
+def finished(*args):
+    child = in_process(*args)
+    child.join(120)
+    assert child.exitcode == 0
+
+
+def outcome(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((folder / "summary.json").read_text())
+    for row in (*lines, summary):
+        for key in TIMES:
+            row.pop(key, None)
+    return lines, summary, {name: t for name, t in load_file(folder / "adapter" / "adapter.safetensors").items()}
+
+
+def same(one, other):
+    assert one[0] == other[0] and one[1] == other[1]
+    assert one[2].keys() == other[2].keys() and all((one[2][n] == other[2][n]).all() for n in one[2])
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "method"),
+    [("bert", "tickets", {"method": "lora", "rank": 4, "dropout": 0.2}), ("llama", "sums", "full")],
+)
+def test_a_killed_run_ends_in_the_same_bits(here, models, data, kind, source, method):
+    values = {
+        "model": models[kind], "data": data[source], "method": method, "epochs": 3, "batch_size": 4, "accumulate": 2, "lr": 0.01,
+        "log_every": 3, "eval_every": 5, "checkpoint_every": 4, "max_new_tokens": 2,
+    }  # fmt: skip
+    finished(values | {"output": "whole"})
+    draw, resumed = random.Random(kind), 0
+    starts = lambda: len(list((here / "cut" / "tensorboard").glob("*")))  # noqa: E731 - of the loop, one file each
+    while not (here / "cut" / "summary.json").exists():
+        child, before = in_process(values | {"output": "cut"}, True), starts()
+        while child.is_alive() and starts() == before:
+            time.sleep(0.01)
+        if before < 6:
+            child.join(draw.uniform(0.02, 0.4))
+            child.kill()
+        child.join(120)
+        assert child.exitcode in (0, -signal.SIGKILL)
+        resumed += child.exitcode != 0 and (here / "cut" / "checkpoint" / "state.pt").exists()
+    assert resumed, "no run was cut off after a checkpoint"
+    same(outcome(here / "cut"), outcome(here / "whole"))
+    assert not list((here / "cut").glob(".*")) and not (here / "cut" / "checkpoint").exists()
+
+
+def test_two_processes_train_as_one(here, models, data):
+    values = {"model": models["llama"], "data": data["sums"], "epochs": 2, "batch_size": 4, "lr": 0.01, "max_new_tokens": 2, "seed": 3}
+    finished(values | {"accumulate": 2, "output": "one"})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    children = [in_process(values | {"output": "two"}, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
+    for child in children:
+        child.join(120)
+    assert [child.exitcode for child in children] == [0, 0]
+    (lines, summary, weights), (lines2, summary2, weights2) = outcome(here / "one"), outcome(here / "two")
+    assert [row["step"] for row in lines] == [row["step"] for row in lines2] and summary["steps"] == summary2["steps"]
+    assert all(abs(a["loss"] - b["loss"]) < 1e-4 for a, b in zip(lines, lines2, strict=True) if "loss" in a)
+    assert all((weights[n] - weights2[n]).abs().max() < 1e-3 for n in weights)
