@@ -12,7 +12,8 @@ r = 16, alpha = 32 on every linear layer but the head. A step is forward, loss, 
 - full: every weight trained
 
 Each run of a variant is a process of its own, the variants take turns, and the numbers are the medians over the
-repeats. Memory is the highest resident size the kernel saw during the steps, less that of the loaded model (Linux).
+repeats. On a machine that others use too, compare `cpu_s` with --threads 1: waiting threads spin. Memory is the
+highest resident size the kernel saw during the steps, less that of the loaded model (Linux).
 """
 
 import argparse
@@ -105,20 +106,26 @@ def run(variant, steps, threads):
     Path("/proc/self/clear_refs").write_text("5")  # forget the highest size so far
     parameters, loss_of = prepare(variant, model)
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, fused=True) if parameters else None
-    generator = torch.Generator().manual_seed(1)
-    seconds, losses = [], []
-    for _ in range(steps):
-        ids = torch.randint(model.config.vocab_size, (4, 256), generator=generator)
-        start = time.perf_counter()
+
+    def step(ids):
         loss = loss_of(ids)
         loss.backward()
         if optimizer:
             optimizer.step()
             optimizer.zero_grad()
+        return loss.item()  # not the tensor: its graph would live on into the next step
+
+    generator = torch.Generator().manual_seed(1)
+    seconds, cpu, losses = [], [], []
+    for _ in range(steps):
+        ids = torch.randint(model.config.vocab_size, (4, 256), generator=generator)
+        start, cpu_start = time.perf_counter(), time.process_time()
+        losses.append(step(ids))
         seconds.append(time.perf_counter() - start)
-        losses.append(loss.item())
+        cpu.append(time.process_time() - cpu_start)
     return {
         "seconds": seconds[1:],  # the first step warms up
+        "cpu_seconds": cpu[1:],
         "losses": losses[:5],
         "peak_mb": resident("VmHWM") - loaded,
         "loaded_mb": loaded,
@@ -138,6 +145,7 @@ def compare(variants, repeats, steps, threads):
         variant: {
             "step_s": statistics.median(s for r in of for s in r["seconds"]),
             "fastest_step_s": min(s for r in of for s in r["seconds"]),
+            "cpu_s": statistics.median(s for r in of for s in r["cpu_seconds"]),
             "peak_above_model_mb": statistics.median(r["peak_mb"] for r in of),
             "loaded_model_mb": statistics.median(r["loaded_mb"] for r in of),
             "trained_parameters": of[0]["trained"],
@@ -154,7 +162,7 @@ def ratios(results):
     for a, b in pairs:
         if a in results and b in results:
             one, other = results[a], results[b]
-            found[f"{a} / {b}"] = {k: one[k] / other[k] for k in ("step_s", "fastest_step_s", "peak_above_model_mb")}
+            found[f"{a} / {b}"] = {k: one[k] / other[k] for k in ("step_s", "fastest_step_s", "cpu_s", "peak_above_model_mb")}
             if a.replace("tunesmith", "peft") == b:
                 found[f"{a} / {b}"]["loss_difference"] = max(abs(x - y) for x, y in zip(one["losses"], other["losses"], strict=True))
     return found

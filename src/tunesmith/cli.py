@@ -93,17 +93,18 @@ def train(
     from .train.display import Display
     from .train.loop import run
 
-    place = {}
     with Display(silent=as_json or quiet) as display:
         try:
-            result = run(checked, lambda event: (place.update(event) if event["event"] == "start" else None, display(event)), resume, overwrite)
+            result = run(checked, display, resume, overwrite)
         except Interrupted:
-            if place:
-                display.note(f"stopped; go on with: tunesmith train {place['folder']} --resume")
+            if display.folder:
+                display.note(f"stopped; go on with: tunesmith train {display.folder} --resume")
             raise
+    if not result.summary:  # another process of this run prints it
+        return
     if as_json:
         _print_json({"folder": str(result.folder), **result.summary})
-    elif not quiet and result.summary:
+    elif not quiet:
         _print_summary(result)
 
 

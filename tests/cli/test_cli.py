@@ -110,6 +110,16 @@ def test_a_generative_run_talks(here, models, data, command):
     assert code == 2 and "cannot be merged" in err and err.count("\n") == 1 and not (here / "merged").exists()
 
 
+def test_a_tied_head_stays_what_the_adapter_saw(here, data, command):
+    """The embedding trains and the head tied to it does not: the merged folder must not tie them again."""
+    tiny.save_tiny(here / "tied", "llama", tie=True)
+    recipe = "method={method: lora, targets: [embed_tokens, q_proj]}"
+    assert command("train", recipe, "--data", data["sums"], "--model", "tied", "epochs=2", "lr=0.05", "max_new_tokens=2", "--output", "run", "-q")[0] == 0
+    code, out, _ = command("merge", "run", "merged", "--json")
+    assert code == 0 and json.loads(out)["max_error"] < 1e-4
+    assert not json.loads((here / "merged" / "config.json").read_text())["tie_word_embeddings"]
+
+
 def test_a_damaged_adapter_or_another_base_is_refused(here, data, command):
     tiny.save_tiny(here / "base", "bert")
     assert command("train", "--data", data["tickets"], "--model", "base", "max_steps=1", "--output", "run", "-q")[0] == 0

@@ -81,6 +81,7 @@ def test_a_prompt_longer_than_the_model_takes_keeps_its_end():
     model = tiny.tiny_gpt2(n_positions=32)
     long = [5 + i % 300 for i in range(100)]
     assert generate(model, TOKENIZER, [long], 8, 1) == generate(model, TOKENIZER, [long[-24:]], 8, 1)
+    assert generate(model, TOKENIZER, [long], 80, 1) == generate(model, TOKENIZER, [long[-1:]], 31, 1)
 
 
 def test_a_leading_bos_is_added_once_and_no_end_token():

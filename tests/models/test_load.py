@@ -156,6 +156,15 @@ def test_the_gguf_model_is_converted_once_and_talks_sense(tmp_path, monkeypatch)
 
 
 @packaged("smollm2-135m")
+def test_a_damaged_cache_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
+    tiny.save_tiny(tmp_path / "smollm2-135m", "llama")
+    assert load("smollm2-135m", "lm")[0].config.hidden_size == 32, "what is in the cache is not converted again"
+    (tmp_path / "smollm2-135m" / "model.safetensors").write_bytes(b"cut")
+    refused("delete that folder to have it made anew", "smollm2-135m", "lm")
+
+
+@packaged("smollm2-135m")
 def test_an_unwritable_cache_is_said(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "file" / "cache"))

@@ -57,7 +57,7 @@ def test_a_classifier_from_one_file(here, models, data):
     about = json.loads((folder / "data.json").read_text())
     assert about["labels"] == ["card", "rate", "top_up"] and about["columns"] == {"text": "text", "label": "label"}
     assert about["train_rows"] + about["eval_rows"] == about["rows"] == 96
-    assert [e["event"] for e in events if e["event"] not in ("step", "log", "eval")][-2:] == ["start", "end"]
+    assert [e["event"] for e in events if e["event"] not in ("step", "log", "scoring", "eval")][-2:] == ["start", "end"]
     resolved = recipes.load(folder / "recipe.yaml")
     assert resolved.task == "classification" and resolved.lr == 5e-3 and resolved.dtype == "float32" and resolved.method["method"] == "full"
     # The adapter in the folder gives the predictions in the folder, and those of other ways to ask.
@@ -294,3 +294,11 @@ def test_default_folders_are_named_after_the_run():
 
     assert default("org/Some Model", "lora", "sft") == "runs/Some-Model-lora-sft" and default("models/bert/", "full", "lm") == "runs/bert-full-lm"
     assert loops.CHECKPOINT_S == 60
+
+
+def test_a_base_in_bfloat16_with_recomputation(here, models, data):
+    values = {"model": models["llama"], "data": data["sums"], "dtype": "bfloat16", "gradient_checkpointing": True, "packing": True, "max_length": 48}
+    result = start(values)
+    saved = load_file(result.folder / "adapter" / "adapter.safetensors")
+    assert {t.dtype for t in saved.values()} == {torch.float32} and any(t.abs().sum() for name, t in saved.items() if name.endswith("B"))
+    assert evaluate_on(result.folder, data["sums"], limit=4).metrics["loss"] > 0

@@ -28,8 +28,8 @@ def by_length(lengths: Sequence[int], order: Iterable[int], batch_size: int,
     return cut
 
 
-def batches(examples: Sequence[dict], batch_size: int, seed: int = 0, epoch: int = 0, pad_id: int | None = None,
-            group_by_length: bool = True, max_tokens: int | None = None) -> list[list[int]]:
+def batches(examples: Sequence[dict], batch_size: int, seed: int = 0, epoch: int = 0, *, group_by_length: bool = True,
+            max_tokens: int | None = None) -> list[list[int]]:
     """Index batches of one epoch: every index once, order drawn from `(seed, epoch)` only, so that a run can resume.
 
     With `group_by_length` the shuffled examples are sorted by length within windows of 50 batches (fewer when there are

@@ -4,6 +4,7 @@ Found by structure, whatever the model: an RMSNorm, and a gated MLP whose activa
 after its class's own forward and the one here agreed bit for bit on random input.
 """
 
+import copyreg
 import functools
 from types import SimpleNamespace
 
@@ -14,23 +15,25 @@ from torch import nn
 from .fused import Recipe, traced
 
 
-def _rms_norm(eps, h, weight):
+def _normalize(h, eps):
+    """(x / rms(x), 1 / rms(x)) of h as float32, in the memory of one tensor."""
     x = h.to(torch.float32)
-    return _scale(x, _root(x, eps), h.dtype, weight)
+    y = x.pow(2)
+    root = torch.rsqrt(y.mean(-1, keepdim=True) + eps)
+    return torch.mul(x, root, out=y), root
 
 
-def _root(x, eps):
-    return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+def _times(x, y):
+    """x * y, in x's memory where the types allow it."""
+    return x.mul_(y) if x.dtype == torch.promote_types(x.dtype, y.dtype) else x * y
 
 
-def _scale(x, root, dtype, weight):
-    y = (x * root).to(dtype)
-    return y.mul_(weight) if y.dtype == weight.dtype and not y.requires_grad else weight * y
+def _rms_norm(eps, h, weight):
+    return _times(_normalize(h, eps)[0].to(h.dtype), weight)
 
 
 def _silu_mul(gate, up):
-    y = F.silu(gate)
-    return y.mul_(up) if y.dtype == up.dtype and not y.requires_grad else y * up
+    return _times(F.silu(gate), up)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -38,11 +41,10 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, weight, eps, recipe):
-        x = h.to(torch.float32)
-        root = _root(x, eps)
+        x, root = _normalize(h, eps)
         ctx.save_for_backward(h, weight, root)
         ctx.recipe = recipe
-        return _scale(x, root, h.dtype, weight)
+        return _times(x.to(h.dtype), weight)
 
     @staticmethod
     def backward(ctx, g):
@@ -85,9 +87,9 @@ def _recording(*inputs) -> bool:
 
 
 def _rms_norm_forward(self, hidden_states):
-    eps = _eps(self)
     if not _recording(hidden_states):
-        return _rms_norm(eps, hidden_states, self.weight)
+        return self._lean[0].forward(self, hidden_states)
+    eps = _eps(self)
     recipe = Recipe(functools.partial(_rms_norm, eps))
     return recipe.attach(_RMSNorm.apply(hidden_states, self.weight, eps, recipe), hidden_states, self.weight)
 
@@ -95,7 +97,7 @@ def _rms_norm_forward(self, hidden_states):
 def _gated_mlp_forward(self, x):
     gate, up = self.gate_proj(x), self.up_proj(x)
     if not _recording(gate, up):
-        return self.down_proj(_silu_mul(gate, up))
+        return self.down_proj(self.act_fn(gate) * up)
     recipe = Recipe(_silu_mul)
     return self.down_proj(recipe.attach(_SiLUMul.apply(gate, up, recipe), gate, up))
 
@@ -109,7 +111,7 @@ def _same(cls, forward, module, parts, *inputs) -> bool:
     plain = {name: value for name, value in vars(module).items() if not name.startswith("_")}
     stand_in = SimpleNamespace(**plain | parts)
     try:
-        with torch.no_grad():
+        with torch.enable_grad():
             return all(torch.equal(cls.forward(stand_in, x), forward(stand_in, x)) for x in inputs)
     except Exception:  # it reads more than the parts: another kind of module
         return False
@@ -121,7 +123,7 @@ def _leaner(module: nn.Module):
     random = torch.Generator().manual_seed(0)
 
     def normal(*shape, dtype=torch.float32):
-        return torch.randn(*shape, generator=random).to(dtype)
+        return torch.randn(*shape, generator=random).to(dtype).requires_grad_()
 
     if cls.__name__.endswith("RMSNorm") and hasattr(module, "weight") and (hasattr(module, "variance_epsilon") or hasattr(module, "eps")):
         kinds = torch.float32, torch.bfloat16
@@ -136,18 +138,17 @@ def _leaner(module: nn.Module):
     return None
 
 
+class _Lean(type):
+    """The class of the classes that `lean` gives: pickle makes them anew instead of looking them up by name."""
+
+
 @functools.cache
 def _lean_class(cls: type, forward) -> type:
-    def __reduce_ex__(self, protocol):
-        return _rebuild, (cls, forward), self.__getstate__()
-
-    body = {"forward": forward, "__reduce_ex__": __reduce_ex__, "_lean_base": cls, "__module__": cls.__module__, "__doc__": cls.__doc__, "__qualname__": cls.__qualname__}
-    return type(cls.__name__, (cls,), body)
+    body = {"forward": forward, "_lean": (cls, forward), "__module__": cls.__module__, "__doc__": cls.__doc__, "__qualname__": cls.__qualname__}
+    return _Lean(cls.__name__, (cls,), body)
 
 
-def _rebuild(cls: type, forward) -> nn.Module:
-    lean = _lean_class(cls, forward)
-    return lean.__new__(lean)
+copyreg.pickle(_Lean, lambda cls: (_lean_class, cls._lean))
 
 
 def lean(model: nn.Module) -> nn.Module:
@@ -159,7 +160,7 @@ def lean(model: nn.Module) -> nn.Module:
     found: dict[tuple, object] = {}
     for module in model.modules():
         cls = type(module)
-        if hasattr(cls, "_lean_base") or "forward" in vars(module) or "tunesmith" in module._modules:
+        if hasattr(cls, "_lean") or "forward" in vars(module) or "tunesmith" in module._modules:
             continue
         key = cls, *(type(m) for m in module._modules.values())
         if key not in found:
@@ -172,6 +173,6 @@ def lean(model: nn.Module) -> nn.Module:
 def unlean(model: nn.Module) -> nn.Module:
     """Undo `lean`."""
     for module in model.modules():
-        if base := vars(type(module)).get("_lean_base"):
-            module.__class__ = base
+        if isinstance(type(module), _Lean):
+            module.__class__ = type(module)._lean[0]
     return model

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .fused import linear_cross_entropy
+from .lean import lean
 
 _checked: "weakref.WeakKeyDictionary[nn.Module, tuple]" = weakref.WeakKeyDictionary()
 
@@ -18,8 +19,9 @@ def causal_lm_loss(model: nn.Module, input_ids: Tensor, labels: Tensor, attentio
     The value and gradients of `model(input_ids, attention_mask, labels=labels).loss`, in a fraction of the memory: the
     logits exist for a few positions at a time. `count` divides the sum instead of the number of labels, for a batch in
     several parts. Models whose logits are more than their head applied to their last hidden states (soft caps, scales,
-    virtual tokens) are found out by trying once, and get their logits whole.
+    virtual tokens) are found out by trying once, and get their logits whole. Makes the model `lean`.
     """
+    lean(model)
     labels = F.pad(labels[:, 1:], (0, 1), value=-100)
     call = {"input_ids": input_ids, "attention_mask": attention_mask}
     head = _head(model, input_ids)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import TunesmithError, nearest
@@ -68,7 +69,7 @@ def attach(model: nn.Module, name: str, record: Record, built: dict[str, tuple[S
         raise TunesmithError(f"{type(record.config).__name__} has nothing to act on in {type(model).__name__}")
     state = model.__dict__.get("_tunesmith")
     if state is None:
-        state = State(flags={path: p.requires_grad for path, p in model.named_parameters()})
+        state = State(flags={path: p.requires_grad for path, p in model.named_parameters(remove_duplicate=False)})
         model.__dict__["_tunesmith"] = state
         for p in model.parameters():
             p.requires_grad_(False)
@@ -193,7 +194,7 @@ def mixed(model: nn.Module, rows: list[str | None]):
 def merge(model: nn.Module, unload: bool = False) -> nn.Module:
     """Fold the active adapters into the weights. `unload=True` keeps the merged model and drops all else.
 
-    A weight shared with another module (tied embeddings) is untied first: the other keeps the base's value.
+    A weight shared with another module (tied embeddings) is untied where the two change differently: each has its own value.
     Raises `TunesmithError`, with nothing changed, when an active adapter has no merged form.
     """
     state = state_of(model)
@@ -209,10 +210,15 @@ def merge(model: nn.Module, unload: bool = False) -> nn.Module:
                 values = fold(hub.adapters[name], hub.site, values, state.active[name])
         if changed := {n: v for n, v in values.items() if v is not hub.site.values[n]}:
             todo.append((hub, changed))
+    tied: dict[int, nn.Parameter] = {}  # base parameter -> its new value
     for hub, changed in todo:
         own = hub.site.values
         hub.backup = {n: own[n] for n in changed} | hub.backup
-        _install(hub, {n: nn.Parameter(v.detach().to(own[n].dtype).clone(), requires_grad=False) for n, v in changed.items()})
+        new = {n: nn.Parameter(v.detach().to(own[n].dtype).clone(), requires_grad=False) for n, v in changed.items()}
+        for n, p in new.items():
+            twin = tied.setdefault(id(hub.backup[n]), p)
+            new[n] = twin if torch.equal(twin, p) else p
+        _install(hub, new)
     state.merged |= {name: state.active[name] for name in names}
     _guard_fast_path(model)
     if unload:
@@ -220,7 +226,15 @@ def merge(model: nn.Module, unload: bool = False) -> nn.Module:
             hub.backup = {}
         state.merged = {}
         detach(model)
+        _keep_untied(unwrap(model))
     return model
+
+
+def _keep_untied(model: nn.Module) -> None:
+    """Where a merge gave a Hugging Face model's embedding and head different weights, its config must not tie them again."""
+    config = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False) and model.get_output_embeddings() is not None:
+        config.tie_word_embeddings = model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def unmerge(model: nn.Module) -> nn.Module:
@@ -270,7 +284,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         state.active.pop(each, None)
     _guard_fast_path(model)
     if not state.records:
-        for path, p in root.named_parameters():
+        for path, p in root.named_parameters(remove_duplicate=False):
             p.requires_grad_(state.flags.get(path, p.requires_grad))
         del root.__dict__["_tunesmith"]
     return model

@@ -226,7 +226,7 @@ def find(model: nn.Module, targets: Targets, works_on: tuple[str, ...], method: 
         message = _unmatched(model, pattern, known, method)
         if not found:
             raise TunesmithError(message)
-        warnings.warn(message, stacklevel=3)
+        warnings.warn(message, stacklevel=4)  # the caller of adapt
     for site, _ in found.values():
         if site.kind not in works_on:
             able = [s.path for s in known if s.kind in works_on]

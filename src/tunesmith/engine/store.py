@@ -22,15 +22,15 @@ FORMAT = 1
 WEIGHTS, CARD = "adapter.safetensors", "adapter.json"
 
 
-def tensors_of(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The adapter's tensors by `site path.tensor name`, each shared tensor once, gathered where they are sharded.
+def tensors_of(model: nn.Module, name: str, once: bool = True) -> dict[str, Tensor]:
+    """The adapter's tensors by `site path.tensor name`, shared ones `once`, gathered where they are sharded.
 
     Raises `TunesmithError` for a tensor of size zero, which is a shard that was never gathered.
     """
     found, seen = {}, set()
     for path, adapter in adapters(model, name).items():
         for key, tensor in tensors(adapter).items():
-            if id(tensor) in seen:
+            if once and id(tensor) in seen:
                 continue
             seen.add(id(tensor))
             full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -61,7 +61,7 @@ def fingerprint(model: nn.Module, without: set[str] = frozenset()) -> dict[str, 
         structure.update(f"{path}{tuple(p.shape)}".encode())
         if not p.is_meta and p.numel():
             sample = p.detach().flatten()[:: max(1, p.numel() // 64)][:64]
-            content.update(zlib.crc32(sample.to("cpu", torch.bfloat16).view(torch.uint8).numpy().tobytes()).to_bytes(4, "big"))
+            content.update(zlib.crc32(sample.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()).to_bytes(4, "big"))
     return {"structure": structure.hexdigest()[:16], "content": content.hexdigest()[:16]}
 
 

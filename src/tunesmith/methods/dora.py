@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..engine.fused import dora_linear
+from ..engine.fused import dora_linear, traced, weight_norm
 from .lora import LoRA, LoRALayer
 
 
@@ -15,6 +15,7 @@ class DoRALayer(LoRALayer):
         super().__init__(config, site)
         W = site.matrix(site.values)[0].detach()
         self.magnitude = nn.Parameter(W.to(self.A.dtype).norm(dim=1))
+        self.known = None
 
     def merged(self, W, b):
         V = super().merged(W, b)[0]
@@ -25,7 +26,17 @@ class DoRALayer(LoRALayer):
             W, b = self.merged(base.W, base.b)
             return base.with_values(base.site.raw(W, b))(x, *args, **kwargs)
         dropped = F.dropout(x, self.dropout, True) if self.dropout and self.training else None
-        return dora_linear(x, base.W, base.b, *self.factors(), self.scale, self.magnitude, dropped)
+        return dora_linear(x, base.W, base.b, *self.factors(), self.scale, self.magnitude, dropped, self._known_norm(base.W))
+
+    def _known_norm(self, W):
+        """The rows' norms, kept from one evaluation to the next until a weight changes."""
+        if torch.is_grad_enabled() or traced() or W.is_inference():
+            self.known = None
+            return None
+        key = [(t.data_ptr(), t._version) for t in (W, self.A, self.B)]
+        if self.known is None or self.known[0] != key:
+            self.known = key, weight_norm(W, *self.factors(), self.scale)
+        return self.known[1]
 
 
 class DoRA(LoRA):

@@ -5,7 +5,7 @@ from typing import ClassVar
 from ..engine.sites import Site, Targets, find, head_paths, sites
 from ..errors import TunesmithError
 from .method import Method, values_of
-from .peft_targets import check_paths, target_paths
+from .peft_targets import check_paths
 
 
 class Full(Method):
@@ -86,7 +86,7 @@ class LNTuning(Full):
     @classmethod
     def from_peft(cls, fields, model, found):
         paths = {key.partition(".ln_tuning_layers.")[0] for key in found if ".ln_tuning_layers." in key}
-        check_paths(target_paths(fields, model, cls.works_on), paths, "target_modules")
+        check_paths(fields, model, cls.works_on, paths)
         return cls(targets=sorted(paths)), {path: {} for path in sorted(paths)}
 
     def peft_tensors(self, site, own):

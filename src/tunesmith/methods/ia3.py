@@ -1,33 +1,40 @@
 """(IA)³: learned scales of keys, values and feed-forward activations."""
 
+import re
+
 import torch
 from torch import nn
 
 from ..engine.adapter import WeightAdapter
 from ..engine.sites import Site, Targets, float_dtype, matches
 from .method import Method
-from .peft_targets import check_paths, target_paths
+from .peft_targets import check_paths, exactly
 from .select import keys_and_values, mlp_outputs
 
 
 class IA3Layer(WeightAdapter):
-    """y = l ⊙ base(x), l (out,); at a feed-forward site y = base(l ⊙ x), l (in,)."""
+    """y = l ⊙ base(x), l (out,); at a feed-forward site y = base(l ⊙ x), l (in,) of channels."""
 
     def __init__(self, site: Site, inputs: bool):
         super().__init__()
-        self.inputs = inputs
-        size = site.in_features if inputs else site.out_features
+        self.inputs, self.groups = inputs, getattr(site.holder, "groups", 1)
+        size = input_channels(site) if inputs else site.out_features
         self.l = nn.Parameter(torch.ones(size, dtype=float_dtype(site.parameter), device=site.parameter.device))
 
     def merged(self, W, b):
-        if self.inputs:
-            return W * self.l, b
-        return W * self.l[:, None], None if b is None else b * self.l
+        if not self.inputs:
+            return W * self.l[:, None], None if b is None else b * self.l
+        l = self.l.view(self.groups, 1, -1, 1)  # a convolution's row reads the channels of its group, each through a whole kernel
+        return (W.view(self.groups, len(W) // self.groups, l.shape[2], -1) * l).view_as(W), b
 
     def forward(self, base, x, *args, **kwargs):
         if base.site.kind != "linear":
             return super().forward(base, x, *args, **kwargs)
         return base(x * self.l.to(x.dtype), *args, **kwargs) if self.inputs else base(x, *args, **kwargs) * self.l.to(x.dtype)
+
+
+def input_channels(site: Site) -> int:
+    return site.holder.in_channels if site.kind == "conv" else site.in_features
 
 
 class IA3(Method):
@@ -60,25 +67,27 @@ class IA3(Method):
     peft_type = "IA3"
 
     def to_peft(self, configs, model):
-        return super().to_peft(configs, model) | {"feedforward_modules": sorted(p for p, c in configs.items() if c.feedforward)}
+        return super().to_peft(configs, model) | {"feedforward_modules": exactly([p for p, c in configs.items() if c.feedforward], model)}
 
     @classmethod
     def from_peft(cls, fields, model, found):
         paths = {key.removesuffix(".ia3_l"): t for key, t in found.items() if key.endswith(".ia3_l")}
-        check_paths(target_paths(fields, model, cls.works_on), set(paths), "target_modules")
+        check_paths(fields, model, cls.works_on, set(paths))
         feedforward = fields.get("feedforward_modules") or []
-        if isinstance(feedforward, str):
-            feedforward = [feedforward]
-        return cls(targets=sorted(paths), feedforward=feedforward), {p: {"feedforward": [p] if any(matches(f, p) for f in feedforward) else []} for p in paths}
+        # peft takes the entries of a list as ends of the path, whole names or not
+        ends = {p for p in paths if (re.fullmatch(feedforward, p) if isinstance(feedforward, str) else p.endswith(tuple(feedforward)))}
+        return cls(targets=sorted(paths), feedforward=sorted(ends)), {p: {"feedforward": [p] if p in ends else []} for p in paths}
 
     def peft_tensors(self, site, own):
-        return {"ia3_l": own["l"][None] if self.feedforward else own["l"][:, None]}
+        shape = [1] * site.parameter.dim()
+        shape[1 if self.feedforward or site.kind == "conv" else 0] = -1
+        return {"ia3_l": own["l"].view(shape)}
 
     def own_tensors(self, site, theirs):
-        return {"l": theirs["ia3_l"].flatten()}
+        return {"l" if key == "ia3_l" else key: t.flatten() for key, t in theirs.items()}
 
     def layer(self, site):
         return IA3Layer(site, bool(self.feedforward))
 
     def count(self, site):
-        return site.in_features if self.feedforward else site.out_features
+        return input_channels(site) if self.feedforward else site.out_features

@@ -12,7 +12,7 @@ from ..engine.fused import lowrank_linear
 from ..engine.sites import Site, sites
 from ..errors import TunesmithError
 from .method import Dropout, Method, Rank, empty, saved_sites, values_of
-from .peft_targets import check_paths, patterned, target_paths
+from .peft_targets import check_paths, exactly, patterned, patterns
 
 
 class LoRALayer(WeightAdapter):
@@ -124,10 +124,10 @@ class LoRA(Method):
     def to_peft(self, configs, model):
         common = next(iter(configs.values()))
         return {
-            "target_modules": sorted(configs), "r": common.rank, "lora_alpha": common.alpha, "lora_dropout": self.dropout, "bias": self.bias,
+            "target_modules": exactly(configs, model), "r": common.rank, "lora_alpha": common.alpha, "lora_dropout": self.dropout, "bias": self.bias,
             "use_rslora": self.rslora, "use_dora": "magnitude" in self.tensor_names, "init_lora_weights": "pissa" if self.init == "pissa" else True,
-            "rank_pattern": {p: c.rank for p, c in configs.items() if c.rank != common.rank},
-            "alpha_pattern": {p: c.alpha for p, c in configs.items() if c.alpha != common.alpha},
+            "rank_pattern": patterns({p: c.rank for p, c in configs.items()}, common.rank),
+            "alpha_pattern": patterns({p: c.alpha for p, c in configs.items()}, common.alpha),
             "fan_in_fan_out": any(s.transposed for s in sites(model) if s.path in configs and s.kind == "linear"),
         }  # fmt: skip
 
@@ -135,7 +135,7 @@ class LoRA(Method):
     def from_peft(cls, fields, model, found):
         refuse_peft_options(fields)
         A = {key.partition(".lora_")[0]: t for key, t in found.items() if ".lora_A." in key or key.endswith(".lora_embedding_A")}
-        check_paths(target_paths(fields, model, cls.works_on), set(A), "target_modules")
+        check_paths(fields, model, cls.works_on, set(A))
         rank, alpha = fields.get("r", 8), fields.get("lora_alpha", 8)
         init = "pissa" if lora_start(fields).startswith("pissa") else "kaiming"
         config = cls(rank=rank, alpha=alpha, dropout=fields.get("lora_dropout", 0.0), rslora=bool(fields.get("use_rslora")), bias=fields.get("bias", "none"), init=init, targets=sorted(A))
@@ -148,13 +148,17 @@ class LoRA(Method):
         if site.kind == "conv":
             kernel = site.holder.weight.shape[1:]
             named["lora_A.weight"] = named["lora_A.weight"].view(-1, *kernel)
-            named["lora_B.weight"] = named["lora_B.weight"].view(*named["lora_B.weight"].shape, *(1 for _ in kernel[1:]))
+            ones = [1] * (len(kernel) - 1)
+            named["lora_B.weight"] = named["lora_B.weight"].view(*named["lora_B.weight"].shape, *ones)
+            if "lora_magnitude_vector" in named:
+                named["lora_magnitude_vector"] = named["lora_magnitude_vector"].view(1, -1, *ones)
         return named
 
     def own_tensors(self, site, theirs):
         names = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_embedding_A": "A", "lora_embedding_B": "B"} | {v: k for k, v in OTHERS.items()}
         names |= {"bias": "bias", "lora_magnitude_vector.weight": "magnitude"}
-        return {names.get(key, key): t.flatten(1) if key.startswith("lora_A") or key.startswith("lora_B") else t for key, t in theirs.items()}
+        flat = {"A": 1, "B": 1, "magnitude": 0}
+        return {(own := names.get(key, key)): t.flatten(flat[own]) if t.dim() > 2 and own in flat else t for key, t in theirs.items()}
 
     tensor_names: ClassVar[tuple[str, ...]] = ("A", "B")
 

@@ -10,6 +10,7 @@ from ..engine.adapter import Adapter, ValueAdapter
 from ..engine.model import Record, attach, check_name, unwrap
 from ..engine.sites import Site, Targets, find, float_dtype, matches, sites
 from ..errors import TunesmithError, nearest
+from .peft_targets import exactly
 
 registry: dict[str, type["Method"]] = {}
 
@@ -37,7 +38,7 @@ class Method(BaseModel):
     default_lr: ClassVar[float] = 1e-3
 
     targets: Targets = Field("all-linear", description='"all-linear", a suffix or regex, a list of them, or a mapping pattern → overrides')
-    modules_to_save: list[str] = Field([], description="modules trained in full beside the adapter and saved with it, such as a new head")
+    modules_to_save: list[str] = Field([], description="modules trained in full beside the adapter and saved with it, such as a new head; with them what is tied to them")
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs):
@@ -94,7 +95,7 @@ class Method(BaseModel):
 
     def to_peft(self, configs: dict[str, "Method"], model: nn.Module) -> dict[str, Any]:
         """The method's own fields of adapter_config.json."""
-        return {"target_modules": sorted(configs)}
+        return {"target_modules": exactly(configs, model)}
 
     @classmethod
     def from_peft(cls, fields: dict, model: nn.Module, found: dict[str, torch.Tensor]) -> tuple["Method", dict[str, dict]]:
@@ -161,21 +162,31 @@ def adapt(model: nn.Module, method: "Method | str | dict", name: str = "default"
         config = _validated(type(config), config.model_dump(exclude_unset=True) | {"targets": targets})
     model = unwrap(model)
     check_name(model, name)
+    config = _with_tied(config, model)
     chosen = config.select(model)
     configs = {path: override(config, overrides) for path, (_, overrides) in chosen.items()}
     attach(model, name, Record(config, configs), build(config, model, configs, {p: s for p, (s, _) in chosen.items()}))
     return model
 
 
-def build(config: Method, model: nn.Module, configs: dict[str, Method], by_path: dict[str, Site]) -> dict[str, tuple[Site, Adapter]]:
-    """Adapters of every site and full copies of `modules_to_save`, not yet attached."""
+def _with_tied(config: Method, model: nn.Module) -> Method:
+    """The config whose `modules_to_save` also names what shares a weight with them, as a language model's head does."""
+    saved = saved_sites(config, model)
+    paths, weights = {s.path for s in saved}, {id(p) for s in saved for p in s.values.values()}
+    more = [s.path for s in sites(model) if s.path not in paths and any(id(p) in weights for p in s.values.values())]
+    return config.model_copy(update={"modules_to_save": config.modules_to_save + more}) if more else config
+
+
+def build(config: Method, model: nn.Module, configs: dict[str, Method], by_path: dict[str, Site], tied: bool = True) -> dict[str, tuple[Site, Adapter]]:
+    """Adapters of every site and full copies of `modules_to_save`, not yet attached; `tied` weights stay one weight."""
     groups: dict[type, dict[str, Method]] = {}
     for path, each in configs.items():
         groups.setdefault(type(each), {})[path] = each
     built = {}
     for members in groups.values():
         built |= next(iter(members.values())).build(model, members, by_path)
-    return built | {s.path: (s, values_of(s)) for s in saved_sites(config, model)}
+    shared = {}
+    return built | {s.path: (s, values_of(s, shared=shared if tied else None)) for s in saved_sites(config, model)}
 
 
 def saved_sites(config: Method, model: nn.Module) -> list[Site]:

@@ -5,19 +5,22 @@ its tensors are called (`Method.to_peft`, `from_peft`, `peft_tensors`, `own_tens
 """
 
 import json
+import re
 from pathlib import Path
 
+import torch
 from safetensors.torch import save as save_tensors
-from torch import nn
+from torch import Tensor, nn
 
 from ..engine.model import Record, adapters, attach, check_name, record_of, unwrap
 from ..engine.sites import Site, matches, sites
 from ..engine.store import fill, read_json, read_tensors, tensors, tensors_of, write
 from ..engine.tokens import token_site
 from ..errors import TunesmithError
-from .method import Method, build, override, registry
+from .method import Method, build, override, registry, values_of
 
-WEIGHTS, CARD, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
+WEIGHTS, CARD = "adapter_model.safetensors", "adapter_config.json"
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 TASKS = {
     "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM",
     "ForTokenClassification": "TOKEN_CLS", "ForQuestionAnswering": "QUESTION_ANS", "ForSequenceClassification": "SEQ_CLS",
@@ -31,18 +34,22 @@ def save_peft(model: nn.Module, folder: str | Path, name: str) -> None:
     if len(kinds) > 1 or record.config.peft_type is None:
         names = ", ".join(sorted({c.method for c in record.sites.values()}))
         raise TunesmithError(f"the peft format cannot hold this adapter ({names}); save it with format='tunesmith'")
-    attached, found = adapters(model, name), tensors_of(model, name)
-    values = {}
+    attached, found = adapters(model, name), tensors_of(model, name, once=False)
+    values, prefix = {}, _prefix(type(record.config))
     for path, adapter in attached.items():
         own = {key: found[full] for key in tensors(adapter) if (full := f"{path}.{key}".lstrip(".")) in found}
-        if path in record.sites:
-            site = _site_at(root, path, record.sites[path])
-            values |= {_key(path, key): t for key, t in record.sites[path].peft_tensors(site, own).items()}
-        else:
-            values |= {f"{PREFIX}{path}.{key}": t for key, t in own.items()}
+        if path not in record.sites:
+            values |= {f"{prefix}{path}.{key}": t for key, t in own.items()}
+            continue
+        theirs = record.sites[path].peft_tensors(_site_at(root, path), own)
+        values |= {f"{prefix}{path}.{key}": t for key, t in theirs.items()} if record.config.peft_by_site else theirs
     task = next((t for end, t in TASKS.items() if type(root).__name__.endswith(end)), None)
+    if fused := [path for path, config in record.sites.items() if config.peft_by_site and _site_at(root, path).kind == "attention"]:
+        raise TunesmithError(f"the peft format cannot hold the adapter at {fused[0]!r}, a projection inside nn.MultiheadAttention; save it with format='tunesmith'")
     modules = record.config.saved_paths(root) or None
-    if task == "SEQ_CLS" and not modules:
+    if others := [p for p, _ in root.named_modules() if modules and p.endswith(tuple(modules)) and not any(f"{p}.".startswith(f"{m}.") for m in modules)]:
+        raise TunesmithError(f"peft would take {others[0]!r} for one of modules_to_save ({', '.join(modules)}); save this adapter with format='tunesmith'")
+    if task in HEADS and not any(m.split(".")[-1] in HEADS[task] for m in modules or []):
         task = None  # peft would expect a trained head in the file
     card = {
         "peft_type": record.config.peft_type,
@@ -54,7 +61,7 @@ def save_peft(model: nn.Module, folder: str | Path, name: str) -> None:
         "modules_to_save": modules,
         **record.config.to_peft(record.sites, root),
     }
-    data = save_tensors({k: v.contiguous() for k, v in values.items()}, metadata={"format": "pt"})
+    data = save_tensors({k: v.clone(memory_format=torch.contiguous_format) for k, v in values.items()}, metadata={"format": "pt"})
     write(folder, {WEIGHTS: data, CARD: json.dumps(card, indent=2, sort_keys=True) + "\n"})
 
 
@@ -65,46 +72,60 @@ def load_peft(model: nn.Module, folder: str | Path, name: str) -> None:
     fields = read_json(folder / CARD)
     if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
         raise TunesmithError(f"{folder} holds a pickled adapter_model.bin, which is not opened because pickles can run code; save it again as safetensors")
-    found = {_strip(key): t for key, t in read_tensors(folder / WEIGHTS).items()}
     cls = next((c for c in registry.values() if c.reads_peft(fields)), None)
     if cls is None:
         known = sorted({c.peft_type for c in registry.values() if c.peft_type})
         raise TunesmithError(f"{folder / CARD}: peft_type {fields.get('peft_type')!r} is not one that tunesmith reads ({', '.join(known)})")
+    by_path = {s.path: s for s in sites(root)}
+    found = _stripped(read_tensors(folder / WEIGHTS), _prefix(cls), by_path)
     try:
         config, overrides = cls.from_peft(fields, root, found)
-    except (TypeError, AttributeError, KeyError, IndexError) as error:
+        modules = [m for m in fields.get("modules_to_save") or [] if any(matches(m, p) for p, _ in root.named_modules() if p)]
+    except (TypeError, AttributeError, KeyError, IndexError, ValueError, re.error) as error:
         raise TunesmithError(f"{folder / CARD} is damaged: {error}") from None
-    modules = [m for m in fields.get("modules_to_save") or [] if any(matches(m, p) for p, _ in root.named_modules() if p)]
     config = config.model_copy(update={"modules_to_save": modules})
-    by_path = {s.path: s for s in sites(root)}
     configs = {path: override(config, over) for path, over in overrides.items()}
     for path in configs:
-        by_path.setdefault(path, _site_at(root, path, config))
-    built = build(config, root, configs, by_path)
-    own = {}
-    for path, (site, adapter) in built.items():
-        start = f"{path}."
-        if path not in configs:
-            own |= {k: t for k, t in found.items() if k.startswith(start) and "." not in k[len(start) :]}
-            continue
-        mine = {k[len(start) :]: t for k, t in found.items() if k.startswith(start)} if path and config.peft_by_site else found
-        named = configs[path].own_tensors(site, mine)
+        by_path.setdefault(path, _site_at(root, path))
+    built = build(config, root, configs, by_path, tied=False)
+    own, plain = {}, dict(found)
+    for path in configs:
+        (site, adapter), start = built[path], f"{path}." if cls.peft_by_site else ""
+        mine = {key: t for key, t in found.items() if (key.startswith(start) if start else "." not in key)}
+        plain = {key: t for key, t in plain.items() if key not in mine}
+        named = configs[path].own_tensors(site, {key[len(start) :]: t for key, t in mine.items()})
         named |= {key: t for key, t in dict(adapter.named_buffers()).items() if key not in named}  # what peft computes anew at loading
         own |= {f"{path}.{key}".lstrip("."): t for key, t in named.items()}
-    fill(built, own, str(folder / WEIGHTS))
+    # Whole modules that peft saved though its config does not name them, as it does with resized embeddings.
+    more = sorted({path for path in (key.rpartition(".")[0] for key in plain) if path in by_path and path not in built})
+    built |= {path: (by_path[path], values_of(by_path[path])) for path in more}
+    fill(built, own | plain, str(folder / WEIGHTS))
+    config = config.model_copy(update={"modules_to_save": modules + more})
     attach(root, name, Record(config, configs), built)
 
 
-def _site_at(model: nn.Module, path: str, config: Method) -> Site:
-    found = {s.path: s for s in sites(model)}
-    if path in found:
-        return found[path]
-    return token_site(model.get_submodule(path), model)
+def _prefix(cls: type[Method]) -> str:
+    """What peft puts before a module's path."""
+    return "base_model.model." if cls.peft_by_site else "base_model."
 
 
-def _key(path: str, key: str) -> str:
-    return key if key == "prompt_embeddings" else f"{PREFIX}{path}.{key}"
+def _stripped(found: dict[str, Tensor], prefix: str, by_path: dict[str, Site]) -> dict[str, Tensor]:
+    """The tensors by `module path.tensor`, without the base's own, which peft adds to some.
+
+    Raises `TunesmithError` where those are not this model's.
+    """
+    stripped = {}
+    for key, t in found.items():
+        key = key.removeprefix(prefix).replace(".modules_to_save.", ".")
+        path, _, base = key.partition(".base_layer.")
+        if base == "weight" and path in by_path:
+            own = by_path[path].parameter
+            if own.shape != t.shape or not (own.is_meta or torch.equal(own.cpu(), t.to(own.dtype))):
+                raise TunesmithError(f"the peft file was trained with another base weight of {path!r} {tuple(t.shape)} than this model's {tuple(own.shape)}; give the model that weight first")
+        elif ".original_module." not in key:
+            stripped[f"{path}.{base}" if base else key] = t
+    return stripped
 
 
-def _strip(key: str) -> str:
-    return key.removeprefix(PREFIX).replace(".default.", ".").replace(".base_layer.", ".")
+def _site_at(model: nn.Module, path: str) -> Site:
+    return next((s for s in sites(model) if s.path == path), None) or token_site(model.get_submodule(path), model)

@@ -1,6 +1,7 @@
 """How Hugging Face peft chooses layers: exclusions, then a regex or suffixes, then layer numbers, then patterns."""
 
 import re
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -20,14 +21,12 @@ def target_paths(fields: dict, model: nn.Module, kinds: tuple[str, ...]) -> set[
             continue
         if re.fullmatch(excluded, path) if isinstance(excluded, str) else any(_suffix(e, path) for e in excluded):
             continue
-        if any(re.search(rf"(^|\.){re.escape(m)}(\.|$)", path) for m in saved):
+        if any(re.match(rf"(^|.*\.){m}($|\..*)", path) for m in saved):
             continue
-        if wanted == "all-linear":
-            hit = site.kind == "linear" and path not in heads
-        elif isinstance(wanted, str):
-            hit = re.fullmatch(wanted, path) is not None
-        else:
-            hit = any(_suffix(t, path) for t in wanted or []) and _in_layers(fields, path)
+        if isinstance(wanted, str):
+            hit = site.kind == "linear" and path not in heads if wanted.lower() == "all-linear" else re.fullmatch(wanted, path)
+        else:  # layer numbers narrow suffixes down, not whole paths
+            hit = path in wanted or (any(_suffix(t, path) for t in wanted) and _in_layers(fields, path))
         if hit:
             chosen.add(path)
     return chosen
@@ -56,8 +55,28 @@ def patterned(patterns: dict | None, path: str, otherwise):
     return otherwise
 
 
-def check_paths(expected: set[str], found: set[str], where: str) -> None:
+def exactly(paths: Iterable[str], model: nn.Module) -> list[str] | str:
+    """What peft is to be told so that it chooses these modules alone: their paths, or a regex where paths are ends of others."""
+    paths = sorted(paths)
+    if any(name.endswith(tuple(paths)) and name not in paths for name, _ in model.named_modules()):
+        return "|".join(map(re.escape, paths))
+    return paths
+
+
+def patterns(values: dict[str, int | float], otherwise) -> dict[str, int | float]:
+    """The pattern → value mapping that gives each path its own value, where that is not `otherwise`."""
+    plain = {path: value for path, value in sorted(values.items()) if value != otherwise}
+    if all(patterned(plain, path, otherwise) == value for path, value in values.items()):
+        return plain
+    return {"^" + re.escape(path): value for path, value in plain.items()}
+
+
+def check_paths(fields: dict, model: nn.Module, kinds: tuple[str, ...], found: set[str]) -> None:
     """Raises `TunesmithError` where the file lacks a targeted layer, or holds one that is no target."""
+    where = "target_modules"
+    if fields.get(where) is None:
+        return  # peft then looks up the model's type in a table
+    expected = target_paths(fields, model, kinds)
     if lacking := sorted(expected - found):
         raise TunesmithError(f"the peft file has no tensors for {lacking[0]!r}" + (f" and {len(lacking) - 1} more targeted layers" if lacking[1:] else "") + f", which its config targets ({where})")
     if extra := sorted(found - expected):

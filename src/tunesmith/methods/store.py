@@ -67,7 +67,7 @@ def _load_own(model: nn.Module, folder: Path, name: str | None, force: bool) -> 
         if path not in by_path:
             if path not in modules or "tokens" not in each.works_on:
                 raise TunesmithError(f"the adapter in {folder} acts on {path!r}, which {store.base_class(root)} does not have{nearest(path, by_path)}")
-            by_path[path] = _site_at(root, path, each)
+            by_path[path] = _site_at(root, path)
         if by_path[path].kind not in each.works_on:
             raise TunesmithError(f"the adapter in {folder} acts on {path!r}, which is a {by_path[path].kind} layer here; {each.method} cannot")
     built = build(config, root, configs, by_path)

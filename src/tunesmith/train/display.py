@@ -11,6 +11,7 @@ class Display:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.silent = silent
         self.bar = None
+        self.folder = None  # of the run, once it has begun
 
     def __enter__(self):
         return self
@@ -21,6 +22,7 @@ class Display:
             self.bar = None
 
     def __call__(self, event: dict) -> None:
+        self.folder = event.get("folder", self.folder)
         if not self.silent:
             getattr(self, f"_{event['event']}")(event)
 

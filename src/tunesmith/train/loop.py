@@ -99,6 +99,7 @@ def _run(recipe, progress, resume, overwrite):
         dist.barrier()  # everyone has looked before the first one writes
     if resume and (folder / "summary.json").exists():
         tell({"event": "note", "text": f"the run in {folder} is finished already"})
+        shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # a kill came before it was removed
         report.write(folder)
         summary = json.loads((folder / "summary.json").read_text())
         return RunResult(folder, summary["eval"], summary)
@@ -135,10 +136,7 @@ def _run(recipe, progress, resume, overwrite):
         _, rows, found = scored[name]
         return evaluate(model, tokenizer, task, rows, found, labels, recipe.eval_batch_size, recipe.max_new_tokens, None, watch, recipe.max_length)
 
-    # The untouched model first, where asked; then the adapter and its optimiser.
-    state_file = folder / "checkpoint" / "state.pt"
-    go_on = resume and state_file.exists()
-    base = {name: score(name) for name in scored} if recipe.baseline and rank == 0 and not go_on else {}
+    # The adapter and its optimiser.
     seed(recipe.seed, "adapter")
     ts.adapt(model, with_head(method, model) if task.name == "classification" else method)
     prepare(model, recipe.gradient_checkpointing)
@@ -150,16 +148,22 @@ def _run(recipe, progress, resume, overwrite):
         raise TunesmithError(f"{method.method} puts its tokens before a row, not before each example packed into it; set packing=false")
 
     # The run folder: from here on there is something to resume.
+    state_file = folder / "checkpoint" / "state.pt"
+    go_on = resume and state_file.exists()
     if rank == 0:
         counts = {"rows": len(rows), "train_rows": len(train), "eval_rows": len(held) if held is not None else 0}
         about = {"source": recipe.data, "task": task.name, **counts, "columns": columns, "labels": labels}
         run_folder.start(folder, recipe, about | {"fingerprint": data.fingerprint(rows)}, overwrite)
-    if world > 1:
-        dist.barrier()
     state = checkpoint.read(state_file, parameters, optimizer) if go_on else checkpoint.Progress()
-    for name, result in base.items():
-        state.baseline[name] = result.metrics
-        run_folder.write_rows(folder / f"{name}_base.jsonl", result.predictions)
+    if recipe.baseline and rank == 0 and not go_on:
+        with ts.disabled(model):  # the untouched model
+            for name in scored:
+                result = score(name)
+                state.baseline[name] = result.metrics
+                run_folder.write_rows(folder / f"{name}_base.jsonl", result.predictions)
+    if world > 1:
+        for parameter in parameters.values():
+            dist.broadcast(parameter.data, 0)
     log = Metrics(folder, state) if rank == 0 else None
     tell({"event": "start", "folder": str(folder), "step": state.step, "total": total, "summary": str(size)})
 

@@ -27,7 +27,7 @@ def prepare(model: nn.Module, gradient_checkpointing: bool = False) -> nn.Module
     if gradient_checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise TunesmithError(f"{type(model).__name__} has no gradient checkpointing; set gradient_checkpointing=false")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
 

@@ -4,6 +4,7 @@ import math
 import os
 import random
 import zlib
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ def processes(device: str) -> tuple[torch.device, int, int]:
             here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(here)
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if here.type == "cuda" else "gloo")
+            # The others wait while the first evaluates, which may take long.
+            dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=timedelta(hours=12))
     return here, rank, world
 
 

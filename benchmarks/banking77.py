@@ -1,0 +1,98 @@
+"""One epoch of Banking77 with MiniLM and LoRA r=8: tunesmith beside peft inside transformers.Trainer at its defaults.
+
+Run from the repository root, with the data sets in $TUNESMITH_DATA or ../shared/data:
+
+    python benchmarks/banking77.py --seeds 3 --output benchmarks/results/banking77.json
+
+Each run is a process of its own. Both train the same modules (LoRA on every linear layer of the encoder, the head in
+full), with the same batch size, learning rate, schedule and optimiser, and are timed over the training alone.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+EPOCHS, BATCH, LR, RANK, ALPHA = 1, 16, 2e-3, 8, 16
+
+
+def ours(seed: int) -> dict:
+    from tunesmith.train.loop import run
+    from tunesmith.train.recipe import check
+
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = check({
+            "model": "minilm", "data": "banking77", "eval": "banking77", "epochs": EPOCHS, "batch_size": BATCH, "lr": LR, "seed": seed, "schedule": "linear", "warmup": 0.0,
+            "method": {"method": "lora", "rank": RANK, "alpha": ALPHA}, "output": f"{folder}/run",
+        })  # fmt: skip
+        result = run(recipe)
+    return {"accuracy": result.summary["eval"]["accuracy"], "train_s": result.summary["train_s"], "steps": result.summary["steps"]}
+
+
+def theirs(seed: int) -> dict:
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from transformers import Trainer, TrainingArguments
+
+    from tunesmith import data, models
+    from tunesmith.data import tasks
+
+    task = tasks.get("classification")
+    train, test = data.load("banking77", "train"), data.load("banking77", "test")
+    columns = task.columns(train, None)
+    labels = task.labels(train, columns)
+    model, tokenizer = models.load("minilm", "classification", labels, seed=seed)
+    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["query", "key", "value", "dense"], modules_to_save=["classifier"], task_type="SEQ_CLS"))
+    number = {label: i for i, label in enumerate(labels)}
+
+    def encoded(rows):
+        texts, wanted = list(rows[columns["text"]]), [number[label] for label in rows[columns["label"]]]
+        return Dataset.from_dict(dict(tokenizer(texts, truncation=True, max_length=512)) | {"labels": wanted})
+
+    train, test = encoded(train), encoded(test)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(folder, num_train_epochs=EPOCHS, per_device_train_batch_size=BATCH, learning_rate=LR, seed=seed, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True)
+        trainer = Trainer(model, arguments, train_dataset=train, processing_class=tokenizer)
+        began = time.perf_counter()
+        steps = trainer.train().global_step
+        train_s = time.perf_counter() - began
+        predicted = torch.tensor(trainer.predict(test).predictions).argmax(-1)
+    return {"accuracy": (predicted == torch.tensor(test["labels"])).float().mean().item(), "train_s": train_s, "steps": steps}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--child", nargs=2)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps({"ours": ours, "theirs": theirs}[args.child[0]](int(args.child[1]))))
+        return
+    runs = {"ours": [], "theirs": []}
+    for seed in range(args.seeds):
+        for side in runs:
+            out = subprocess.run([sys.executable, __file__, "--child", side, str(seed)], stdout=subprocess.PIPE, check=True, text=True)
+            runs[side].append({"seed": seed} | json.loads(out.stdout.splitlines()[-1]))
+            print(side, runs[side][-1], flush=True)
+    import torch
+
+    mean = {side: {key: sum(run[key] for run in each) / len(each) for key in ("accuracy", "train_s")} for side, each in runs.items()}
+    result = {
+        "what": "Banking77, MiniLM, LoRA r=8, one epoch, batch 16", "command": "python benchmarks/banking77.py --seeds %d" % args.seeds,
+        "machine": {"cores": os.cpu_count(), "torch": torch.__version__}, "tunesmith": {"mean": mean["ours"], "runs": runs["ours"]},
+        "peft_trainer": {"mean": mean["theirs"], "runs": runs["theirs"]}, "time_ratio": mean["ours"]["train_s"] / mean["theirs"]["train_s"],
+    }  # fmt: skip
+    text = json.dumps(result, indent=1)
+    print(text)
+    if args.output:
+        args.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
