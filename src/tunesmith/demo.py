@@ -5,7 +5,6 @@ import sys
 import time
 from pathlib import Path
 
-
 from .bench.compare import compare
 from .errors import TunesmithError
 from .files import atomic_write

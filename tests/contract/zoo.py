@@ -3,11 +3,10 @@
 import torch
 from torch import nn
 
+import tunesmith as ts
 from tests import tiny
 from tunesmith import optim
 from tunesmith.methods import registry
-
-import tunesmith as ts
 
 
 def attention_net(hidden=16):

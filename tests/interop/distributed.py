@@ -9,7 +9,6 @@ from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlu
 import tunesmith as ts
 from tests import tiny
 
-
 METHODS = {
     "lora": ts.LoRA(rank=4, bias="all", modules_to_save=["lm_head"]),
     "dora": ts.DoRA(rank=4),

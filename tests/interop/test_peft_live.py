@@ -1,6 +1,5 @@
 """Against the installed peft: each library reads what the other wrote, and computes the same."""
 
-import json
 import warnings
 
 import pytest
@@ -14,7 +13,6 @@ from torch import nn
 
 import tunesmith as ts
 from tests import tiny
-from tunesmith.engine.model import hubs
 from tunesmith.methods.peft_targets import patterned, target_paths
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -96,31 +96,32 @@ class _LowRankLinear(torch.autograd.Function):
         with _no_autocast(x):
             rows = _rows(x, dtype)
             inner = (rows if x_adapter is None else _rows(x_adapter, dtype)) @ A.T.to(dtype)
+            out = x.new_empty(*x.shape[:-1], W.shape[0], dtype=dtype)  # a view could not be changed in place later
+            y = out.view(-1, W.shape[0])
             if b is None or m is not None:
-                y = rows @ W.T.to(dtype)
+                torch.mm(rows, W.T.to(dtype), out=y)
             else:
-                y = torch.addmm(b.to(dtype), rows, W.T.to(dtype))
+                torch.addmm(b.to(dtype), rows, W.T.to(dtype), out=y)
             y.addmm_(inner, B.T.to(dtype), alpha=scale)
             if m is not None:
                 norm = weight_norm(W, A, B, scale) if norm is None else norm
                 y.mul_((m / norm).to(dtype))
                 if b is not None:
                     y.add_(b.to(dtype))
-        y = y.view(*x.shape[:-1], W.shape[0])
         need_W, need_A, need_m = ctx.needs_input_grad[1], ctx.needs_input_grad[3], ctx.needs_input_grad[5]
         ctx.recipe, inputs = recipe
         ctx.scale, ctx.dtype = scale, dtype
         ctx.like = [t if t is None else (t.shape, t.dtype) for t in (x, W, b, A, B, m, x_adapter)]
         ctx.save_for_backward(
-            W, b if need_m else None, A, B, m, norm, inner, y if need_m else None,
+            W, b if need_m else None, A, B, m, norm, inner, out if need_m else None,
             x_adapter if need_A else None,
             *(inputs if need_W or need_m or (need_A and x_adapter is None) else ()),
         )  # fmt: skip
-        return y
+        return out
 
     @staticmethod
     def backward(ctx, g):
-        W, b, A, B, m, norm, inner, y, x_adapter, *inputs = ctx.saved_tensors
+        W, b, A, B, m, norm, inner, out, x_adapter, *inputs = ctx.saved_tensors
         need_x, need_W, need_b, need_A, need_B, need_m, need_adapter = ctx.needs_input_grad[:7]
         scale, dtype, split = ctx.scale, ctx.dtype, ctx.like[6] is not None
         gx = gW = gb = gA = gB = gm = g_adapter = None
@@ -130,7 +131,7 @@ class _LowRankLinear(torch.autograd.Function):
             if need_b:
                 gb = g.sum(0)
             if need_m:
-                gm = _magnitude_gradient(g, _rows(y, dtype), x, W, b, B, m, norm, inner, scale)
+                gm = _magnitude_gradient(g, _rows(out, dtype), x, W, b, B, m, norm, inner, scale)
             if norm is not None:
                 g = g * (m / norm).to(dtype)
             if need_B:
@@ -176,8 +177,8 @@ def lowrank_linear(x, W, b, A, B, scale: float, x_adapter=None) -> torch.Tensor:
 def dora_linear(x, W, b, A, B, scale: float, m, x_adapter=None, norm=None) -> torch.Tensor:
     """y = m/‖W + scale·B A‖ · (x Wᵀ + scale·(x Aᵀ) Bᵀ) + b, the norm of each row being a constant in backward.
 
-    Shapes as in `lowrank_linear`, m (out,), `norm` (out,) if it is known. Liu et al. 2024, DoRA, equations 5 and 11. The output is kept for backward,
-    so changing it in place raises torch's error about that.
+    Shapes as in `lowrank_linear`, m (out,), `norm` (out,) if it is known. Liu et al. 2024, DoRA, equations 5 and 11.
+    The output is kept for backward, so changing it in place raises torch's error about that.
     """
     if traced():
         with torch.no_grad():
@@ -236,6 +237,9 @@ def linear_cross_entropy(hidden, W, labels, bias=None, chunk: int = 256, count=N
     hidden (..., in), W (classes, in), bias (classes,) or None, labels (...) of class indices, -100 where there is
     none → scalar: the sum over the labels there are, divided by `count` (default: their number).
     """
+    if traced():
+        total = F.cross_entropy(F.linear(hidden, W, bias).flatten(0, -2).float(), labels.flatten(), reduction="sum")
+        return total / ((labels != -100).sum() if count is None else count)
     labels = labels.reshape(-1)
     rows = hidden.reshape(-1, hidden.shape[-1])
     kept = (labels != -100).nonzero()[:, 0]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import TunesmithError, nearest
 from .adapter import Adapter, Hub, State, adapted_class, fold
+from .lean import unlean
 from .sites import Site
 
 
@@ -62,7 +63,7 @@ def adapters(model: nn.Module, name: str) -> dict[str, Adapter]:
 def attach(model: nn.Module, name: str, record: Record, built: dict[str, tuple[Site, Adapter]]) -> None:
     """Put built adapters into the model under a name, and make that name the only active one.
 
-    Raises `TunesmithError` for a name in use or one that cannot be part of a parameter's path.
+    Raises `TunesmithError` as `check_name` does, or where there is nothing to attach.
     """
     check_name(model, name)
     if not built:
@@ -89,8 +90,11 @@ def attach(model: nn.Module, name: str, record: Record, built: dict[str, tuple[S
 
 
 def check_name(model: nn.Module, name: str) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+    """Raises `TunesmithError` for a name that is taken, or that cannot be part of a parameter's path."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise TunesmithError(f"an adapter's name is letters, digits, '_' and '-'; {name!r} is not")
+    if hasattr(nn.ModuleDict(), name):
+        raise TunesmithError(f"an adapter's name cannot be {name!r}, which torch's modules use themselves; choose another name")
     state = unwrap(model).__dict__.get("_tunesmith")
     if state is not None and name in state.records:
         raise TunesmithError(f"the model has an adapter named {name!r} already; choose another name or detach it first")
@@ -286,6 +290,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     if not state.records:
         for path, p in root.named_parameters(remove_duplicate=False):
             p.requires_grad_(state.flags.get(path, p.requires_grad))
+        unlean(root)
         del root.__dict__["_tunesmith"]
     return model
 

@@ -197,7 +197,7 @@ def matches(pattern: str, path: str) -> bool:
         return True
     try:
         return re.fullmatch(pattern, path) is not None
-    except re.error:
+    except (re.error, OverflowError, RecursionError):
         return False
 
 

@@ -141,7 +141,7 @@ def read(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         data = path.read_bytes()
     except OSError as error:
         raise TunesmithError(f"cannot read {path}: {error.strerror}") from None
-    if hashlib.sha256(data).hexdigest() != card["sha256"]:
+    if hashlib.sha256(data).hexdigest() != card.get("sha256"):
         raise TunesmithError(f"{path} is damaged (truncated or changed: its checksum does not fit); copy the adapter folder again")
     return card, read_tensors(path, data)
 
@@ -170,10 +170,13 @@ def fill(built: dict[str, tuple[Site, Adapter]], found: dict[str, Tensor], where
                 wanted[f"{path}.{key}".lstrip(".")] = (adapter, key, tensor)
     problems = [f"missing {key!r}{nearest(key, found.keys() - wanted.keys(), 1)}" for key in wanted if key not in found]
     problems += [f"unexpected {key!r}{nearest(key, wanted.keys() - found.keys(), 1)}" for key in found if key not in wanted]
-    problems += [
-        f"{key!r} has shape {tuple(found[key].shape)}, the model needs {tuple(t.shape)}" for key, (_, _, t) in wanted.items() if key in found and found[key].shape != t.shape
-    ]
+    for key, (_, _, t) in wanted.items():
+        if key in found and found[key].shape != t.shape:
+            problems.append(f"{key!r} has shape {tuple(found[key].shape)}, the model needs {tuple(t.shape)}")
+        elif key in found and found[key].is_floating_point() != t.is_floating_point():
+            problems.append(f"{key!r} is {found[key].dtype}, the model needs {t.dtype}")
     if problems:
+        problems = [p if len(p) < 300 else p[:300] + " …" for p in problems]
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise TunesmithError(f"{where} does not fit this model: {'; '.join(problems[:4])}{more}")
     for key, (adapter, name, tensor) in wanted.items():

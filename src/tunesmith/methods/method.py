@@ -25,7 +25,7 @@ class Method(BaseModel):
     `identity` says whether the model's output is unchanged at initialisation.
     """
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, arbitrary_types_allowed=False)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
     method: ClassVar[str] = ""
     family: ClassVar[str]
@@ -124,7 +124,7 @@ def parse(method: "Method | str | dict") -> Method:
         return method
     fields = {"method": method} if isinstance(method, str) else dict(method) if isinstance(method, dict) else None
     if not fields or not isinstance(name := fields.pop("method", None), str):
-        raise TunesmithError(f"a method is a name, a mapping with the key 'method' or a config such as LoRA(rank=8), not {method!r}")
+        raise TunesmithError(f"a method is a name, a mapping with the key 'method' or a config such as LoRA(rank=8), not {method!r:.80}")
     if name not in registry:
         raise TunesmithError(f"unknown method {name!r}{nearest(name, registry) or '; there are ' + ', '.join(registry)}")
     return _validated(registry[name], fields)
@@ -134,11 +134,16 @@ def _validated(cls: type[Method], fields: dict) -> Method:
     try:
         return cls(**fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise TunesmithError(f"method {cls.method!r} has no field {key!r}{nearest(key, cls.model_fields) or '; it has ' + ', '.join(cls.model_fields)}") from None
-        raise TunesmithError(f"method {cls.method!r}: {key}={first['input']!r} is not valid: {first['msg'].lower()}") from None
+        raise TunesmithError(invalid(cls, error)) from None
+
+
+def invalid(cls: type[Method], error: ValidationError) -> str:
+    """The first thing wrong with a config, in one sentence."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])[:80]
+    if first["type"] == "extra_forbidden":
+        return f"method {cls.method!r} has no field {key!r}{nearest(key, cls.model_fields) or '; it has ' + ', '.join(cls.model_fields)}"
+    return f"method {cls.method!r}: {key}={first['input']!r:.80} is not valid: {first['msg'].lower()}"
 
 
 def override(config: Method, fields: dict) -> Method:

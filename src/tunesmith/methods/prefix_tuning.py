@@ -7,8 +7,8 @@ import torch
 from pydantic import PositiveInt
 from torch import nn
 
-from ..engine.sites import backbone, width
 from ..engine.adapter import Adapter
+from ..engine.sites import backbone, width
 from ..engine.tokens import TokenAdapter, arguments, cache_name, cached, extend, past, token_backbone, token_site
 from ..errors import TunesmithError
 from .method import Method, empty

@@ -101,7 +101,7 @@ class PromptTuning(Method):
         return config, dict.fromkeys(config.select(model), {})
 
     def peft_tensors(self, site, own):
-        return {"prompt_embeddings": t for t in own.values()}
+        return {"prompt_embeddings": own["prompt"]} if own else {}
 
     def own_tensors(self, site, theirs):
         return {"prompt": theirs["prompt_embeddings"]} if self.count(site) else {}

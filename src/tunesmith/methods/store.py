@@ -57,19 +57,21 @@ def _load_own(model: nn.Module, folder: Path, name: str | None, force: bool) -> 
         configs = {path: parse(own) if own else config for path, own in card["sites"].items()}
         lineage, name = list(card["lineage"]), name or card["name"]
         store.check_base(root, card, force)
+        check_name(root, name)
+        _check_lineage(root, lineage, force)
     except (KeyError, TypeError, AttributeError) as error:
         raise TunesmithError(f"{folder / store.CARD} is damaged: {error!r}") from None
-    check_name(root, name)
-    _check_lineage(root, lineage, force)
     by_path = {s.path: s for s in sites(root)}
     modules = {path for path, _ in root.named_modules()}
     for path, each in configs.items():
         if path not in by_path:
-            if path not in modules or "tokens" not in each.works_on:
+            if path not in modules or "tokens" not in each.works_on or path not in each.select(root):
                 raise TunesmithError(f"the adapter in {folder} acts on {path!r}, which {store.base_class(root)} does not have{nearest(path, by_path)}")
             by_path[path] = _site_at(root, path)
         if by_path[path].kind not in each.works_on:
             raise TunesmithError(f"the adapter in {folder} acts on {path!r}, which is a {by_path[path].kind} layer here; {each.method} cannot")
+        if (count := each.count(by_path[path])) > sum(t.numel() for t in found.values()):
+            raise TunesmithError(f"the adapter in {folder} does not hold what its card says: {each.method} at {path!r} is {count:,} numbers")
     built = build(config, root, configs, by_path)
     store.fill(built, found, str(folder / store.WEIGHTS))
     attach(root, name, Record(config, configs, lineage), built)
