@@ -79,7 +79,7 @@ class LoRA(Method):
     method, family, title, paper = "lora", "low-rank", "Low-rank adaptation", "arXiv:2106.09685"
     works_on = ("linear", "embedding", "conv", "attention")
     quantized_base_ok = True
-    default_lr = 5e-4
+    default_lr = 1e-3
 
     rank: Rank = 8
     alpha: PositiveFloat = 16

@@ -9,16 +9,20 @@ from ..errors import TunesmithError, nearest
 OPTIMIZERS = {"adamw": torch.optim.AdamW}
 
 
-def build(model: nn.Module, name: str = "adamw", lr: float = 1e-3, weight_decay: float = 0.0, **options) -> torch.optim.Optimizer:
+def build(model: nn.Module, name: str = "adamw", lr: float = 1e-3, weight_decay: float = 0.0, head_lr: float | None = None, **options) -> torch.optim.Optimizer:
     """An optimiser of everything `trainable(model)` lists; each method groups its own parameters (LoRA+ does).
 
+    `head_lr` is the rate of `modules_to_save`, which start from nothing where the rest starts from a pretrained model.
     Vectors (norms, biases, magnitudes) get no weight decay. Raises `TunesmithError` for an unknown name.
     """
     if name not in OPTIMIZERS:
         raise TunesmithError(f"unknown optimizer {name!r}{nearest(name, OPTIMIZERS) or '; there are ' + ', '.join(OPTIMIZERS)}")
     groups, seen = [], set()
     for adapter, record in state_of(model).records.items():
-        for group in record.config.param_groups(adapters(model, adapter), lr):
+        attached = adapters(model, adapter)
+        own = {path: module for path, module in attached.items() if path in record.sites}
+        heads = [p for path, module in attached.items() if path not in record.sites for p in module.parameters() if p.requires_grad]
+        for group in [*record.config.param_groups(own, lr), {"params": heads, "lr": head_lr or lr}]:
             new = [p for p in group["params"] if id(p) not in seen]
             seen |= {id(p) for p in new}
             for params, decay in (([p for p in new if p.dim() > 1], weight_decay), ([p for p in new if p.dim() < 2], 0.0)):

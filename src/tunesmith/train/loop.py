@@ -89,6 +89,7 @@ def _run(recipe, progress, resume, overwrite):
             "columns": columns,
             "method": method.dump(),
             "lr": recipe.lr or method.default_lr,
+            "head_lr": recipe.head_lr or min(10 * (recipe.lr or method.default_lr), max(recipe.lr or method.default_lr, 0.01)),
             "dtype": recipe.dtype or ("bfloat16" if device.type == "cuda" else "float32"),
             "output": recipe.output or run_folder.default(recipe.model, method.method, task.name),
         }
@@ -141,7 +142,7 @@ def _run(recipe, progress, resume, overwrite):
     ts.adapt(model, with_head(method, model) if task.name == "classification" else method)
     prepare(model, recipe.gradient_checkpointing)
     parameters = ts.trainable(model)
-    optimizer = optim.build(model, recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay, betas=recipe.betas)
+    optimizer = optim.build(model, recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay, head_lr=recipe.head_lr, betas=recipe.betas)
     peak_rates = [group["lr"] for group in optimizer.param_groups]
     size = ts.summary(model)
     if recipe.packing and any(site.kind == "tokens" for site in size.sites):

@@ -41,6 +41,7 @@ class Recipe(BaseModel):
 
     optimizer: str = "adamw"
     lr: float | None = Field(None, gt=0, description="peak learning rate; default: the method's own")
+    head_lr: float | None = Field(None, gt=0, description="peak learning rate of a new classification head; default: ten times lr, at most 0.01")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
     grad_clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; null: no clipping")
