@@ -84,7 +84,7 @@ def main() -> None:
 
     mean = {side: {key: sum(run[key] for run in each) / len(each) for key in ("accuracy", "train_s")} for side, each in runs.items()}
     result = {
-        "what": "Banking77, MiniLM, LoRA r=8, one epoch, batch 16", "command": "python benchmarks/banking77.py --seeds %d" % args.seeds,
+        "what": "Banking77, MiniLM, LoRA r=8, one epoch, batch 16", "command": f"python benchmarks/banking77.py --seeds {args.seeds}",
         "machine": {"cores": os.cpu_count(), "torch": torch.__version__}, "tunesmith": {"mean": mean["ours"], "runs": runs["ours"]},
         "peft_trainer": {"mean": mean["theirs"], "runs": runs["theirs"]}, "time_ratio": mean["ours"]["train_s"] / mean["theirs"]["train_s"],
     }  # fmt: skip

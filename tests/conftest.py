@@ -10,6 +10,7 @@ import pytest
 from tests import tiny
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of the processes that tests start: threads that wait for each other spin
 SAID = {
     "card": ["my card was stolen", "i lost the card", "the card is blocked", "send a new card please"],
     "rate": ["what is the exchange rate", "the rate for euro", "exchange rate today", "how good is the rate"],

@@ -61,7 +61,12 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         if path.exists():
             old = temporary.with_name(temporary.name + ".old")
             path.rename(old)
-        temporary.rename(path)
+        try:
+            temporary.rename(path)
+        except OSError:
+            if old:
+                old.rename(path)
+            raise
         _sync(path.parent)
         if old:
             shutil.rmtree(old)

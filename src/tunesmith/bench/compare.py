@@ -49,6 +49,7 @@ def compare(
 ) -> dict:
     """Train each of `methods` as the recipe `base` says, and write compare.json, compare.csv and compare.html to `output`.
 
+    methods: names or mappings, as in a recipe; a mapping may add `lr`, since methods differ in the rate that suits them.
     base: a recipe, or its fields; every method has its data, its epochs or steps, and its seed. Its method and output do not count.
     seeds: train each method once per seed; the table then has the mean and the standard deviation.
     overwrite: train anew what `output` holds under another recipe.
@@ -88,8 +89,9 @@ def compare(
 
 def _plan(base: dict, method: str | dict, seed: int | None, output: Path) -> dict:
     """What is to be run, checked, and whether `output` holds it already."""
-    recipe = base | {"method": method}
-    label = method_label(method)
+    label, recipe = method_label(method), base | {"method": method}
+    if isinstance(method, dict) and "lr" in method:
+        recipe |= {"method": {key: value for key, value in method.items() if key != "lr"}, "lr": method["lr"]}
     title = label if seed is None else f"{label}, seed {seed}"
     if seed is not None:
         recipe["seed"] = seed

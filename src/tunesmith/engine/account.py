@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
+from .adapter import ValueAdapter
 from .model import adapters, hubs, record_of, state_of, trainable, unwrap
 from .sites import kind_of
 
@@ -20,7 +21,7 @@ class SiteSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """Counts of parameters, `bytes` of the adapter's file, FLOPs per token and bytes of training memory.
+    """Counts of parameters (trained values that take the place of the base's are counted once in `total`), `bytes` of the adapter's file, FLOPs per token and bytes of training memory.
 
     `flops` is one forward of the base's matrices and the adapter's parameters, 2 per multiply-add and token;
     `train_flops` adds the backward to the inputs (as much again) and to the adapter (2 per parameter more).
@@ -64,11 +65,12 @@ def summary(model: nn.Module) -> Summary:
     base = {id(p): p for path, p in root.named_parameters() if ".tunesmith." not in f".{path}"}
     for hub in hubs(model).values():
         base |= {id(p): p for p in hub.backup.values()}
-    sites, seen = [], set()
+    sites, seen, replaced = [], set(), 0
     for path, hub in hubs(model).items():
         for name, adapter in hub.adapters.items():
             own = {id(p): p.numel() for p in adapter.parameters() if id(p) in ids and id(p) not in seen}
             seen |= own.keys()
+            replaced += sum(own.values()) if isinstance(adapter, ValueAdapter) else 0
             if own:
                 config = record_of(model, name).sites.get(path)
                 sites.append(SiteSummary(path, hub.site.kind, config.method if config else "trained in full", sum(own.values())))
@@ -78,6 +80,6 @@ def summary(model: nn.Module) -> Summary:
     flops = 2 * (matrices + count)
     names = [n for n in state.records if any(id(p) in ids for a in adapters(model, n).values() for p in a.parameters())]
     return Summary(
-        "+".join(names), count, sum(p.numel() for p in base.values()) + count, adapter_bytes,
+        "+".join(names), count, sum(p.numel() for p in base.values()) + count - replaced, adapter_bytes,
         sum(p.numel() * p.element_size() for p in base.values()), flops, 2 * flops + 2 * count, (2 + ADAMW_STATES) * adapter_bytes, sites,
     )

@@ -32,11 +32,20 @@ def causal_lm_loss(model: nn.Module, input_ids: Tensor, labels: Tensor, attentio
     if type(head) is nn.Linear and not _hooked(head):
         return linear_cross_entropy(hidden, head.weight, labels, head.bias, count=count)
 
-    def part(h, target):
-        return F.cross_entropy(head(h).float(), target, reduction="sum")
+    state = vars(head.tunesmith.state) if "tunesmith" in head._modules else {}
+    then = {key: state[key] for key in ("active", "rows", "enabled") if key in state}
 
-    rows = zip(hidden.flatten(0, 1).split(256), labels.flatten().split(256), strict=True)
-    return _mean(sum(checkpoint(part, h, target, use_reentrant=False) for h, target in rows), labels, count)
+    def part(h, target):
+        now = {key: state[key] for key in then}
+        state.update(then)  # backward, which computes this again, may come when other adapters are in use
+        try:
+            return F.cross_entropy(head(h).flatten(0, 1).float(), target.flatten(), reduction="sum")
+        finally:
+            state.update(now)
+
+    step = max(1, 256 // len(hidden))  # every part has all rows, which may each have their own adapter
+    parts = zip(hidden.split(step, 1), labels.split(step, 1), strict=True)
+    return _mean(sum(checkpoint(part, h, target, use_reentrant=False) for h, target in parts), labels, count)
 
 
 def _mean(total: Tensor, labels: Tensor, count) -> Tensor:
@@ -56,7 +65,7 @@ def _head(model: nn.Module, input_ids: Tensor) -> nn.Module | None:
     # Adapters change classes: a model looked at before it got or lost one is looked at again.
     key = type(model), type(backbone), type(head)
     if _checked.get(model, (None, None))[0] != key:
-        _checked[model] = key, _is_head(model, backbone, head, input_ids[:1, :2])
+        _checked[model] = key, _is_head(model, backbone, head, input_ids[:, :2])
     return head if _checked[model][1] else None
 
 

@@ -217,22 +217,26 @@ def find(model: nn.Module, targets: Targets, works_on: tuple[str, ...], method: 
     patterns = {targets: {}} if isinstance(targets, str) else targets if isinstance(targets, dict) else dict.fromkeys(targets, {})
     found, used = {}, set()
     for site in known:
-        for pattern, overrides in patterns.items():
-            if matches(pattern, site.path):
-                found[site.path] = (site, overrides)
-                used.add(pattern)
-                break
+        if hits := [p for p in patterns if matches(p, site.path)]:
+            found[site.path] = (site, patterns[hits[0]])
+            used.update(hits[:1] if isinstance(targets, dict) else hits)
     for pattern in [p for p in patterns if p not in used]:
         message = _unmatched(model, pattern, known, method)
         if not found:
             raise TunesmithError(message)
         warnings.warn(message, stacklevel=4)  # the caller of adapt
-    for site, _ in found.values():
-        if site.kind not in works_on:
-            able = [s.path for s in known if s.kind in works_on]
-            hint = f"; it works on {', '.join(works_on)} layers" + (f", here for instance {able[0]!r}" if able else "")
-            raise TunesmithError(f"{method} cannot act on {site.path!r}, a {site.kind} layer ({type(site.holder).__name__}){hint}")
+    for site, overrides in found.values():
+        if "method" not in overrides:  # that method says itself what it works on
+            check_kind(site, works_on, method, known)
     return found
+
+
+def check_kind(site: Site, works_on: tuple[str, ...], method: str, known: list[Site]) -> None:
+    """Raises `TunesmithError` for a layer that the method cannot act on, naming one of `known` that it can."""
+    if site.kind not in works_on:
+        able = [s.path for s in known if s.kind in works_on]
+        hint = f"; it works on {', '.join(works_on)} layers" + (f", here for instance {able[0]!r}" if able else "")
+        raise TunesmithError(f"{method} cannot act on {site.path!r}, a {site.kind} layer ({type(site.holder).__name__}){hint}")
 
 
 def _all_linear(model: nn.Module, known: list[Site], works_on: tuple[str, ...], method: str) -> list[Site]:
@@ -245,6 +249,8 @@ def _all_linear(model: nn.Module, known: list[Site], works_on: tuple[str, ...], 
 
 def _unmatched(model: nn.Module, pattern: str, known: list[Site], method: str) -> str:
     paths = [s.path for s in known]
+    if any(matches(pattern, p) for p in paths):
+        return f"target {pattern!r} of {method} changes nothing: every layer it matches is taken by a target before it; put it first"
     inside = [path for path, _ in model.named_modules() if matches(pattern, path) and path]
     if inside and (below := [p for p in paths if p.startswith(inside[0] + ".")]):
         return f"target {pattern!r} of {method} matches {inside[0]!r}, which holds no weights itself; name layers inside it, such as {below[0]!r}"

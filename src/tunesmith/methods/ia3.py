@@ -62,7 +62,8 @@ class IA3(Method):
         def scales_input(path):
             return path in ends if self.feedforward is None else any(matches(f, path) for f in self.feedforward)
 
-        return {path: (site, {"feedforward": [path] if scales_input(path) else []} | over) for path, (site, over) in super().select(model).items()}
+        found = super().select(model).items()
+        return {p: (s, over if "method" in over else {"feedforward": [p] if scales_input(p) else []} | over) for p, (s, over) in found}
 
     peft_type = "IA3"
 

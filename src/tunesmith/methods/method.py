@@ -8,7 +8,7 @@ from torch import nn
 
 from ..engine.adapter import Adapter, ValueAdapter
 from ..engine.model import Record, attach, check_name, unwrap
-from ..engine.sites import Site, Targets, find, float_dtype, matches, sites
+from ..engine.sites import Site, Targets, check_kind, find, float_dtype, matches, sites
 from ..errors import TunesmithError, nearest
 from .peft_targets import exactly
 
@@ -170,6 +170,11 @@ def adapt(model: nn.Module, method: "Method | str | dict", name: str = "default"
     config = _with_tied(config, model)
     chosen = config.select(model)
     configs = {path: override(config, overrides) for path, (_, overrides) in chosen.items()}
+    for path, (site, overrides) in chosen.items():
+        if "method" in overrides:
+            check_kind(site, configs[path].works_on, configs[path].method, sites(model))
+            if not configs[path].count(site):
+                raise TunesmithError(f"{configs[path].method} has nothing to train at {path!r}")
     attach(model, name, Record(config, configs), build(config, model, configs, {p: s for p, (s, _) in chosen.items()}))
     return model
 
@@ -203,11 +208,12 @@ def saved_sites(config: Method, model: nn.Module) -> list[Site]:
 def values_of(site: Site, names: tuple[str, ...] | None = None, shared: dict | None = None) -> ValueAdapter:
     """Trainable copies of a site's parameters; parameters that are one object in the model stay one in `shared`."""
     shared = {} if shared is None else shared
-    for name in names or site.names:
+    names = site.names if names is None else names
+    for name in names:
         p = site.holder._parameters[name]
         if id(p) not in shared:
             shared[id(p)] = nn.Parameter(p.detach().to(float_dtype(p)).clone())
-    return ValueAdapter({name: shared[id(site.holder._parameters[name])] for name in names or site.names})
+    return ValueAdapter({name: shared[id(site.holder._parameters[name])] for name in names})
 
 
 def empty(*shape: int, like: torch.Tensor) -> nn.Parameter:
