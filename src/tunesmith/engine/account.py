@@ -21,8 +21,9 @@ class SiteSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """Counts of parameters (trained values that take the place of the base's are counted once in `total`), `bytes` of the adapter's file, FLOPs per token and bytes of training memory.
+    """Counts of parameters, `bytes` of the adapter's file, FLOPs per token and bytes of training memory.
 
+    Trained values that take the place of the base's count once in `total` and in the FLOPs.
     `flops` is one forward of the base's matrices and the adapter's parameters, 2 per multiply-add and token;
     `train_flops` adds the backward to the inputs (as much again) and to the adapter (2 per parameter more).
     `train_bytes` is weights, gradients and AdamW's two states of what trains; activations depend on the batch.
@@ -77,7 +78,7 @@ def summary(model: nn.Module) -> Summary:
     count = sum(p.numel() for p in chosen.values())
     adapter_bytes = sum(p.numel() * p.element_size() for p in chosen.values())
     matrices = sum(m.weight.numel() for m in root.modules() if kind_of(m) == "linear")
-    flops = 2 * (matrices + count)
+    flops = 2 * (matrices + count - replaced)
     names = [n for n in state.records if any(id(p) in ids for a in adapters(model, n).values() for p in a.parameters())]
     return Summary(
         "+".join(names), count, sum(p.numel() for p in base.values()) + count - replaced, adapter_bytes,

@@ -236,7 +236,7 @@ def check_kind(site: Site, works_on: tuple[str, ...], method: str, known: list[S
     if site.kind not in works_on:
         able = [s.path for s in known if s.kind in works_on]
         hint = f"; it works on {', '.join(works_on)} layers" + (f", here for instance {able[0]!r}" if able else "")
-        raise TunesmithError(f"{method} cannot act on {site.path!r}, a {site.kind} layer ({type(site.holder).__name__}){hint}")
+        raise TunesmithError(f"{method} cannot act on {site.path!r}, {'an' if site.kind[0] in 'aeo' else 'a'} {site.kind} layer ({type(site.holder).__name__}){hint}")
 
 
 def _all_linear(model: nn.Module, known: list[Site], works_on: tuple[str, ...], method: str) -> list[Site]:
