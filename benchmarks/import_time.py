@@ -35,4 +35,5 @@ result = {
 text = json.dumps(result, indent=1)
 print(text)
 if args.output:
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(text + "\n")

@@ -53,10 +53,16 @@ def _no_autocast(x: torch.Tensor):
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b, for gradients. oneDNN's float32 product is about a tenth faster than the one behind `mm` on x86."""
-    if _onednn and a.dtype == b.dtype == torch.float32 and a.is_cpu and b.is_cpu:
-        return _onednn(a, b.T, None, "none", [], "")
-    return a @ b
+    """a @ b, while training. oneDNN's float32 product is about a tenth faster than the one behind `mm` on x86."""
+    return _affine(a, b.T, None) if _fast(a, b) else a @ b
+
+
+def _fast(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return _onednn is not None and a.dtype == b.dtype == torch.float32 and a.is_cpu and b.is_cpu
+
+
+def _affine(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+    return _onednn(x, W, b, "none", [], "")
 
 
 def _find_onednn():
@@ -91,17 +97,20 @@ class _LowRankLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, W, b, A, B, m, x_adapter, scale, norm, recipe):
+    def forward(ctx, x, W, b, A, B, m, x_adapter, scale, norm, recipe, training):
         dtype = _compute_dtype(x)
         with _no_autocast(x):
             rows = _rows(x, dtype)
             inner = (rows if x_adapter is None else _rows(x_adapter, dtype)) @ A.T.to(dtype)
-            out = x.new_empty(*x.shape[:-1], W.shape[0], dtype=dtype)  # a view could not be changed in place later
-            y = out.view(-1, W.shape[0])
-            if b is None or m is not None:
-                torch.mm(rows, W.T.to(dtype), out=y)
-            else:
-                torch.addmm(b.to(dtype), rows, W.T.to(dtype), out=y)
+            bias = None if b is None or m is not None else b.to(dtype)
+            weight = W.to(dtype)
+            if training and _fast(rows, weight):
+                out = _affine(x.to(dtype), weight, bias)
+                y = out.view(-1, W.shape[0])
+            else:  # as the base computes, bit for bit
+                out = x.new_empty(*x.shape[:-1], W.shape[0], dtype=dtype)  # a view could not be changed in place later
+                y = out.view(-1, W.shape[0])
+                torch.mm(rows, weight.T, out=y) if bias is None else torch.addmm(bias, rows, weight.T, out=y)
             y.addmm_(inner, B.T.to(dtype), alpha=scale)
             if m is not None:
                 norm = weight_norm(W, A, B, scale) if norm is None else norm
@@ -149,7 +158,7 @@ class _LowRankLinear(torch.autograd.Function):
             if need_W:
                 gW = g.T @ x
         grads = gx, gW, gb, gA, gB, gm, g_adapter
-        return *(t if t is None else t.to(like[1]).reshape(like[0]) for t, like in zip(grads, ctx.like, strict=True)), None, None, None
+        return *(t if t is None else t.to(like[1]).reshape(like[0]) for t, like in zip(grads, ctx.like, strict=True)), None, None, None, None
 
 
 def _magnitude_gradient(g, y, x, W, b, B, m, norm, inner, scale):
@@ -171,7 +180,7 @@ def lowrank_linear(x, W, b, A, B, scale: float, x_adapter=None) -> torch.Tensor:
     if traced():
         inner = F.linear(x if x_adapter is None else x_adapter, A.to(x.dtype))
         return F.linear(x, W, b) + F.linear(inner, B.to(x.dtype)) * scale
-    return _LowRankLinear.apply(x, W, b, A, B, None, x_adapter, scale, None, Recipe.of(x))
+    return _LowRankLinear.apply(x, W, b, A, B, None, x_adapter, scale, None, Recipe.of(x), torch.is_grad_enabled())
 
 
 def dora_linear(x, W, b, A, B, scale: float, m, x_adapter=None, norm=None) -> torch.Tensor:
@@ -186,7 +195,7 @@ def dora_linear(x, W, b, A, B, scale: float, m, x_adapter=None, norm=None) -> to
         inner = F.linear(x if x_adapter is None else x_adapter, A.to(x.dtype))
         y = (m / norm).to(x.dtype) * (F.linear(x, W) + F.linear(inner, B.to(x.dtype)) * scale)
         return y if b is None else y + b
-    return _LowRankLinear.apply(x, W, b, A, B, m, x_adapter, scale, norm, Recipe.of(x))
+    return _LowRankLinear.apply(x, W, b, A, B, m, x_adapter, scale, norm, Recipe.of(x), torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -202,11 +211,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gb = torch.zeros_like(b) if need_b else None
         with _no_autocast(hidden):
             weight = W.to(dtype)
-            buffer = torch.empty(min(chunk, len(hidden)), len(W), dtype=dtype, device=hidden.device)
+            buffer = None if _fast(hidden, weight) else torch.empty(min(chunk, len(hidden)), len(W), dtype=dtype, device=hidden.device)
             for start in range(0, len(hidden), chunk):
                 part = slice(start, start + chunk)
                 h, target = hidden[part].to(dtype), labels[part, None]
-                logits = torch.mm(h, weight.T, out=buffer[: len(h)])
+                logits = _affine(h, weight, None) if _fast(h, weight) else torch.mm(h, weight.T, out=buffer[: len(h)])
                 if b is not None:
                     logits.add_(b.to(dtype))
                 p = logits.to(losses.dtype)
@@ -218,7 +227,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 p.scatter_add_(1, target, p.new_full((1, 1), -1.0).expand_as(target))
                 p = p.to(dtype)
                 if need_hidden:
-                    g_hidden[part] = (p @ weight).div_(count)
+                    g_hidden[part] = _product(p, weight).div_(count)
                 if need_W:
                     gW.addmm_(p.T.to(gW.dtype), h.to(gW.dtype), alpha=1 / float(count))
                 if need_b:

@@ -28,7 +28,6 @@ def merge_to_folder(run_folder: str | Path, out: str | Path) -> dict:
     ids = torch.randint(len(run.tokenizer), (4, 32), generator=torch.Generator().manual_seed(0)).to(device)
     adapted = _logits(model, ids)
     ts.merge(model, unload=True)
-    _keep_untied(model)
     logging.disable_progress_bar()
     with atomic_folder(out) as folder:
         model.save_pretrained(folder)
@@ -50,13 +49,6 @@ def export_adapter(run_folder: str | Path, out: str | Path, format: str = "peft"
 def _logits(model, ids):
     with torch.inference_mode():
         return model(input_ids=ids).logits.float()
-
-
-def _keep_untied(model) -> None:
-    """A merge may give an embedding and the head it was tied to different weights; the config must not tie them again."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and getattr(model.config, "tie_word_embeddings", False) and head.weight is not embedding.weight:
-        model.config.tie_word_embeddings = False
 
 
 def _new(out: str | Path) -> Path:

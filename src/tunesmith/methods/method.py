@@ -46,6 +46,12 @@ class Method(BaseModel):
         if name := cls.__dict__.get("method"):
             registry[name] = cls
 
+    def __init__(self, **fields):
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise TunesmithError(invalid(type(self), error)) from None
+
     def layer(self, site: Site) -> Adapter:
         """The adapter of one site, newly initialised."""
         raise TypeError(f"{type(self).__name__} defines no layer")
@@ -127,14 +133,7 @@ def parse(method: "Method | str | dict") -> Method:
         raise TunesmithError(f"a method is a name, a mapping with the key 'method' or a config such as LoRA(rank=8), not {method!r:.80}")
     if name not in registry:
         raise TunesmithError(f"unknown method {name!r}{nearest(name, registry) or '; there are ' + ', '.join(registry)}")
-    return _validated(registry[name], fields)
-
-
-def _validated(cls: type[Method], fields: dict) -> Method:
-    try:
-        return cls(**fields)
-    except ValidationError as error:
-        raise TunesmithError(invalid(cls, error)) from None
+    return registry[name](**fields)
 
 
 def invalid(cls: type[Method], error: ValidationError) -> str:
@@ -153,7 +152,7 @@ def override(config: Method, fields: dict) -> Method:
     if "method" in fields:
         return parse(fields)
     kept = config.model_dump(exclude={"targets", "modules_to_save"}, exclude_unset=True)
-    return _validated(type(config), {**kept, **fields})
+    return type(config)(**{**kept, **fields})
 
 
 def adapt(model: nn.Module, method: "Method | str | dict", name: str = "default", targets: Targets | None = None) -> nn.Module:
@@ -164,7 +163,7 @@ def adapt(model: nn.Module, method: "Method | str | dict", name: str = "default"
     """
     config = parse(method)
     if targets is not None:
-        config = _validated(type(config), config.model_dump(exclude_unset=True) | {"targets": targets})
+        config = type(config)(**config.model_dump(exclude_unset=True) | {"targets": targets})
     model = unwrap(model)
     check_name(model, name)
     config = _with_tied(config, model)

@@ -9,7 +9,6 @@ import re
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
@@ -18,7 +17,7 @@ from ..engine.sites import Site, matches, sites
 from ..engine.store import fill, read_json, read_tensors, tensors, tensors_of, write
 from ..engine.tokens import token_site
 from ..errors import TunesmithError
-from .method import Method, build, invalid, override, registry, values_of
+from .method import Method, build, override, registry, values_of
 
 WEIGHTS, CARD = "adapter_model.safetensors", "adapter_config.json"
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -82,8 +81,8 @@ def load_peft(model: nn.Module, folder: str | Path, name: str) -> None:
     try:
         config, overrides = cls.from_peft(fields, root, found)
         modules = [m for m in fields.get("modules_to_save") or [] if any(matches(m, p) for p, _ in root.named_modules() if p)]
-    except ValidationError as error:
-        raise TunesmithError(f"{folder / CARD}: {invalid(cls, error)}") from None
+    except TunesmithError as error:
+        raise TunesmithError(f"{folder / CARD}: {error}") from None
     except (TypeError, AttributeError, LookupError, ValueError, OverflowError, RecursionError, re.error) as error:
         raise TunesmithError(f"{folder / CARD} is damaged: {error}") from None
     config = config.model_copy(update={"modules_to_save": modules})
