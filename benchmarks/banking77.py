@@ -5,7 +5,8 @@ Run from the repository root, with the data sets in $TUNESMITH_DATA or ../shared
     python benchmarks/banking77.py --seeds 3 --output benchmarks/results/banking77.json
 
 Each run is a process of its own. Both train the same modules (LoRA on every linear layer of the encoder, the head in
-full), with the same batch size, learning rate, schedule and optimiser, and are timed over the training alone.
+full), with the same batch size, schedule, optimiser and learning rate, except that tunesmith's default gives the new
+head ten times the rate (here 0.01), and are timed over the training alone.
 """
 
 import argparse
