@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from result import keep
+
 EPOCHS, BATCH, LR, RANK, ALPHA = 1, 16, 2e-3, 8, 16
 
 
@@ -89,11 +91,7 @@ def main() -> None:
         "machine": {"cores": os.cpu_count(), "torch": torch.__version__}, "tunesmith": {"mean": mean["ours"], "runs": runs["ours"]},
         "peft_trainer": {"mean": mean["theirs"], "runs": runs["theirs"]}, "time_ratio": mean["ours"]["train_s"] / mean["theirs"]["train_s"],
     }  # fmt: skip
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text + "\n")
+    keep(result, args.output)
 
 
 if __name__ == "__main__":

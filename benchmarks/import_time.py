@@ -4,13 +4,14 @@
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from result import keep
 
 
 def seconds(code: str) -> float:
@@ -32,8 +33,4 @@ result = {
     "what": "seconds of a fresh interpreter, medians of 7 interleaved runs", "command": "python benchmarks/import_time.py", "machine": {"cores": os.cpu_count()},
     "seconds": median, "tunesmith_beyond_torch_s": median["tunesmith"] - median["torch"], "methods_beyond_torch_s": median["with every method"] - median["torch"],
 }  # fmt: skip
-text = json.dumps(result, indent=1)
-print(text)
-if args.output:
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(text + "\n")
+keep(result, args.output)

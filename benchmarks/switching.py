@@ -4,7 +4,6 @@
 """
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from result import keep
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tunesmith as ts
@@ -56,8 +56,4 @@ result = {
     "what": "switching between two LoRA r=32 on all linear layers, SmolLM2-135M shape, fp32, median seconds", "command": "python benchmarks/switching.py",
     "machine": {"cores": os.cpu_count(), "torch": torch.__version__}, "tunesmith_activate_s": activate_s, "peft_merge_unmerge_s": merge_s, "times_faster": merge_s / activate_s,
 }  # fmt: skip
-text = json.dumps(result, indent=1)
-print(text)
-if args.output:
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(text + "\n")
+keep(result, args.output)

@@ -201,6 +201,11 @@ def matches(pattern: str, path: str) -> bool:
         return False
 
 
+def within(path: str, tops: list[str]) -> bool:
+    """True where `path` is one of `tops` or lies below one."""
+    return any(path == top or path.startswith(top + ".") for top in tops)
+
+
 def find(model: nn.Module, targets: Targets, works_on: tuple[str, ...], method: str = "the method", skip: list[str] = ()) -> dict[str, tuple[Site, dict]]:
     """The sites that `targets` names, as path → (site, overrides).
 
@@ -211,7 +216,7 @@ def find(model: nn.Module, targets: Targets, works_on: tuple[str, ...], method: 
     Raises `TunesmithError` when nothing matches, or a match is of a kind the method cannot act on; warns of a
     pattern in a list that matched nothing.
     """
-    known = [s for s in sites(model) if not any(s.path == p or s.path.startswith(p + ".") for p in skip)]
+    known = [s for s in sites(model) if not within(s.path, skip)]
     if targets == "all-linear":
         return {s.path: (s, {}) for s in _all_linear(model, known, works_on, method)}
     patterns = {targets: {}} if isinstance(targets, str) else targets if isinstance(targets, dict) else dict.fromkeys(targets, {})

@@ -47,8 +47,10 @@ def arguments(base: Base, args, kwargs) -> dict[str, Any]:
     return call | call.pop("kwargs", {})
 
 
-def cache_name(base: Base) -> str:
-    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
+def cache_name(forward) -> str | None:
+    """What a forward calls its KV cache, which depends on the version of transformers."""
+    taken = inspect.signature(forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in taken), None)
 
 
 def cached(call: dict):

@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from ..engine.sites import Site, Targets, find, head_paths, sites
+from ..engine.sites import Site, Targets, find, head_paths, sites, within
 from ..errors import TunesmithError
 from .method import Method, values_of
 from .peft_targets import check_paths
@@ -27,7 +27,7 @@ class Full(Method):
     def select(self, model):
         skip = self.saved_paths(model)
         if self.targets == "default":
-            found = [(s, {}) for s in self.default(model) if not any(s.path == p or s.path.startswith(p + ".") for p in skip)]
+            found = [(s, {}) for s in self.default(model) if not within(s.path, skip)]
         else:
             found = find(model, self.targets, self.works_on, self.method, skip).values()
         chosen = {s.path: (s, over) for s, over in found if self.names(s)}

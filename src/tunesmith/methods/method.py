@@ -8,7 +8,7 @@ from torch import nn
 
 from ..engine.adapter import Adapter, ValueAdapter
 from ..engine.model import Record, attach, check_name, unwrap
-from ..engine.sites import Site, Targets, check_kind, find, float_dtype, matches, sites
+from ..engine.sites import Site, Targets, check_kind, find, float_dtype, matches, sites, within
 from ..errors import TunesmithError, nearest
 from .peft_targets import exactly
 
@@ -69,7 +69,7 @@ class Method(BaseModel):
         skip = self.saved_paths(model)
         if self.targets != "default":
             return find(model, self.targets, self.works_on, self.method, skip)
-        chosen = [s for s in self.default(model) if not any(s.path == p or s.path.startswith(p + ".") for p in skip)]
+        chosen = [s for s in self.default(model) if not within(s.path, skip)]
         return {s.path: (s, {}) for s in chosen} or find(model, "all-linear", self.works_on, self.method, skip)
 
     def build(self, model: nn.Module, configs: dict[str, "Method"], by_path: dict[str, Site]) -> dict[str, tuple[Site, Adapter]]:
@@ -201,7 +201,7 @@ def build(config: Method, model: nn.Module, configs: dict[str, Method], by_path:
 def saved_sites(config: Method, model: nn.Module) -> list[Site]:
     """The places with parameters in and below `modules_to_save`."""
     saved = config.saved_paths(model)
-    return [s for s in sites(model) if any(s.path == p or s.path.startswith(p + ".") for p in saved)]
+    return [s for s in sites(model) if within(s.path, saved)]
 
 
 def values_of(site: Site, names: tuple[str, ...] | None = None, shared: dict | None = None) -> ValueAdapter:

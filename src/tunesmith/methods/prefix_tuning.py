@@ -1,6 +1,5 @@
 """Prefix tuning: learned keys and values in front of every layer's own."""
 
-import inspect
 from typing import Literal
 
 import torch
@@ -40,7 +39,7 @@ class PrefixLayer(TokenAdapter):
         if past(cache):
             return base(**call)
         pairs = self.pairs(len(inputs), next(owner.parameters()).dtype)
-        name = cache_name(base)
+        name = cache_name(base.forward)
         if cache is None and self.training and torch.is_grad_enabled():
             call[name] = _read_only(pairs)
             return _without_cache(base(**call | {"use_cache": False}))
@@ -86,7 +85,7 @@ class PrefixReader(Adapter):
         call = arguments(base, args, kwargs)
         if cached(call) is None:
             hidden = call["hidden_states"]
-            call[cache_name(base)] = _read_only(self.prefix[0].pairs(len(hidden), hidden.dtype))
+            call[cache_name(base.forward)] = _read_only(self.prefix[0].pairs(len(hidden), hidden.dtype))
         return base(**call)
 
 
@@ -107,7 +106,7 @@ class PrefixTuning(Method):
         inner = token_backbone(model, self.method)
         if getattr(model.config, "is_encoder_decoder", False):
             raise TunesmithError("prefix-tuning works on decoder-only and encoder-only models; prompt-tuning works on encoder-decoders")
-        readers = [m for m in inner.modules() if hasattr(m, "layer_idx") and "attention" in type(m).__name__.lower() and _cache_argument(m)]
+        readers = [m for m in inner.modules() if hasattr(m, "layer_idx") and "attention" in type(m).__name__.lower() and cache_name(m.forward)]
         return {site.path: (site, {}) for site in (token_site(m, model) for m in [inner, *readers])}
 
     def build(self, model, configs, by_path):
@@ -152,15 +151,10 @@ def cache_shapes(model: nn.Module) -> list[tuple[int, int]]:
     device = next(inner.parameters()).device
     try:
         with torch.no_grad():
-            inner.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), **{_cache_argument(inner) or 'cache': cache})
+            inner.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), **{cache_name(inner.forward) or 'cache': cache})
     finally:
         inner.train(training)
     layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     if not layers:
         raise TunesmithError(f"prefix-tuning needs attention layers with a KV cache; {type(model).__name__} keeps none")
     return [(layer.keys.shape[1], layer.keys.shape[3]) for layer in layers]
-
-
-def _cache_argument(module: nn.Module) -> str | None:
-    taken = inspect.signature(module.forward).parameters
-    return next((name for name in ("cache", "past_key_values") if name in taken), None)
