@@ -6,9 +6,11 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "tunesmith.errors": ["TunesmithError"],
-    "tunesmith.engine.model": ["trainable", "activate", "disabled", "mixed", "merge", "unmerge", "detach"],
+    "tunesmith.engine.model": ["trainable", "activate", "disabled", "merge", "unmerge", "detach"],
+    "tunesmith.engine.calls": ["mixed", "tasks", "auxiliary_loss"],
     "tunesmith.engine.account": ["summary", "Summary"],
     "tunesmith.engine.loss": ["causal_lm_loss"],
+    "tunesmith.schedule": ["stages"],
     "tunesmith.methods.store": ["save", "load"],
     "tunesmith.methods": [
         "adapt", "Method", "MethodInfo", "BitFit", "DoRA", "Full", "IA3", "LNTuning", "LinearProbe", "LoRA", "PiSSA",

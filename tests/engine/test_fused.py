@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tunesmith.engine.fused import dora_linear, linear_cross_entropy, lowrank_linear
+from tunesmith.engine.fused import dora_linear, linear_cross_entropy, lowrank_linear, merged_linear
 
 SCALE = 1.5
 
@@ -219,3 +219,30 @@ def test_vectorised_over_adapters():
     x, W = t["x"].detach(), t["W"].detach()
     many = torch.func.vmap(lambda A, B: lowrank_linear(x, W, None, A, B, SCALE))(As, Bs)
     torch.testing.assert_close(many, torch.stack([plain_lowrank(x, W, None, A, B, SCALE) for A, B in zip(As, Bs, strict=True)]))
+
+
+@pytest.mark.parametrize("only", [None, "x", "W", "b", "A", "B"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_merged_linear_has_the_gradients_of_the_plain_expression(bias, only):
+    t = layer()
+    t = {n: v.detach().requires_grad_(only in (None, n)) for n, v in t.items() if bias or n != "b"}
+    x, W, b, A, B = t["x"], t["W"], t.get("b"), t["A"], t["B"]
+
+    def merged(W, b):
+        return W * (1 + B @ A), None if b is None else b * A.sum()
+
+    wanted = {n: v for n, v in t.items() if n in ("x", "W", "A", "B") or (n == "b" and bias)}
+    if not any(v.requires_grad for v in wanted.values()):
+        return
+    y = merged_linear(x, W, b, merged, [A, B])
+    plain = F.linear(x, *merged(W, b))
+    torch.testing.assert_close(y, plain)
+    agree(gradients(y, wanted), gradients(plain, wanted))
+
+
+def test_merged_linear_keeps_no_merged_matrix():
+    t = layer((4, 50), out=60)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda s: kept.append(s.shape) or s, lambda s: s):
+        merged_linear(t["x"], t["W"].detach(), None, lambda W, b: (W * (1 + t["B"] @ t["A"]), b), [t["A"], t["B"]])
+    assert sorted(map(tuple, kept)) == sorted([(4, 50), (60, 50), tuple(t["A"].shape), tuple(t["B"].shape)])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import TunesmithError
+from .fused import merged_linear
 from .sites import Site, swapped
 
 
@@ -32,21 +33,25 @@ class Adapter(nn.Module):
     def mixed(cls, base: "Base", rows: list["Adapter | None"], *args, **kwargs):
         """One adapter per row of the batch. Rows of the same adapter run together; override where rows interact."""
         state, outputs, indices = base.site.holder.tunesmith.state, [], []
-        names = state.rows
+        names, tasks = state.rows, state.tasks
         try:
             for adapter in dict.fromkeys(rows):
                 chosen = [i for i, other in enumerate(rows) if other is adapter]
                 part_args, part_kwargs, index = _take((args, kwargs), chosen, len(rows))
                 state.rows = [names[i] for i in chosen]  # for the modules inside
+                state.tasks = None if tasks is None else tasks[chosen]
                 outputs.append(adapter(base, *part_args, **part_kwargs) if adapter else base(*part_args, **part_kwargs))
                 indices.append(index)
         finally:
-            state.rows = names
+            state.rows, state.tasks = names, tasks
         return _put(outputs, torch.cat(indices))
 
 
 class WeightAdapter(Adapter):
-    """A function of the matrix: override `merged`, and `forward` where there is a cheaper way than forming it."""
+    """A function of the matrix: override `merged`, and `forward` where there is a cheaper way than forming it.
+
+    On a linear layer the formed matrix is not kept for backward but made anew, so `merged` must not draw random numbers.
+    """
 
     mergeable = True
 
@@ -58,6 +63,8 @@ class WeightAdapter(Adapter):
         return site.raw(*self.merged(*site.matrix(values)))
 
     def forward(self, base, *args, **kwargs):
+        if base.site.kind == "linear" and base.plain:
+            return merged_linear(*args, base.W, base.b, self.merged, list(self.parameters()))
         return base.with_values(self.fold(base.site, base.values))(*args, **kwargs)
 
 
@@ -150,9 +157,18 @@ class State:
     active: dict[str, float] = field(default_factory=dict)
     merged: dict[str, float] = field(default_factory=dict)
     rows: list[str | None] | None = None
+    tasks: Tensor | None = None  # task of each row of the batch
     enabled: bool = True
     records: dict = field(default_factory=dict)  # name -> what was attached
     flags: dict = field(default_factory=dict)  # parameter path -> requires_grad before the first adapt
+
+    def tasks_of(self, rows: int) -> Tensor | None:
+        """The task of each of `rows` rows of a tensor, (rows,), where the caller has said; raises where the numbers do not fit."""
+        if self.tasks is None:
+            return None
+        if rows % len(self.tasks):
+            raise TunesmithError(f"{len(self.tasks)} task ids met a batch of {rows} rows; name one task for each row of the batch")
+        return self.tasks.repeat_interleave(rows // len(self.tasks))
 
 
 class Hub(nn.Module):

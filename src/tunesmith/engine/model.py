@@ -100,7 +100,7 @@ def check_name(model: nn.Module, name: str) -> None:
         raise TunesmithError(f"the model has an adapter named {name!r} already; choose another name or detach it first")
 
 
-def _guard_fast_path(model: nn.Module) -> None:
+def guard_fast_path(model: nn.Module) -> None:
     """nn.TransformerEncoderLayer's fused evaluation reads weights past every forward, unless a hook is there.
 
     It is there exactly while adapters are in use, so that the base alone computes as it always did.
@@ -143,11 +143,11 @@ def activate(model: nn.Module, names: str | Iterable[str] | Mapping[str, float])
     if len(fronts) > 1 or any(weights[name] != 1 for name in fronts):
         raise TunesmithError(f"virtual tokens are in front of the input or not: {' and '.join(map(repr, fronts))} cannot be weighted or combined with each other")
     state.active = {name: float(weight) for name, weight in weights.items()}
-    _set_trained(model, set(state.active))
-    _guard_fast_path(model)
+    set_trained(model, set(state.active))
+    guard_fast_path(model)
 
 
-def _set_trained(model: nn.Module, names: set[str], only: bool = True) -> None:
+def set_trained(model: nn.Module, names: set[str], only: bool = True) -> None:
     shared: dict[int, tuple[nn.Parameter, bool]] = {}
     for hub in hubs(model).values():
         for name, adapter in hub.adapters.items():
@@ -164,35 +164,14 @@ def disabled(model: nn.Module):
     state = state_of(model)
     before, state.enabled = state.enabled, False
     merged = _restore(model)
-    _guard_fast_path(model)
+    guard_fast_path(model)
     try:
         yield model
     finally:
         state.enabled = before
-        _guard_fast_path(model)
+        guard_fast_path(model)
         for hub, values in merged:
             _install(hub, values)
-
-
-@contextmanager
-def mixed(model: nn.Module, rows: list[str | None]):
-    """Within the block, row i of every batch runs under the adapter `rows[i]` (None: the base). Also trains.
-
-    Inputs may have k·len(rows) rows (beams, flattened tokens); row i then stands for k of them in a row.
-    """
-    state = state_of(model)
-    for name in {name for name in rows if name is not None}:
-        record_of(model, name)
-    if state.merged:
-        raise TunesmithError(f"a mixed batch needs the base's own weights; unmerge {', '.join(state.merged)} first")
-    _set_trained(model, set(rows) - {None}, only=False)
-    before, state.rows = state.rows, list(rows)
-    _guard_fast_path(model)
-    try:
-        yield model
-    finally:
-        state.rows = before
-        _guard_fast_path(model)
 
 
 def merge(model: nn.Module, unload: bool = False) -> nn.Module:
@@ -224,7 +203,7 @@ def merge(model: nn.Module, unload: bool = False) -> nn.Module:
             new[n] = twin if torch.equal(twin, p) else p
         _install(hub, new)
     state.merged |= {name: state.active[name] for name in names}
-    _guard_fast_path(model)
+    guard_fast_path(model)
     if unload:
         for hub in hubs(model).values():
             hub.backup = {}
@@ -248,7 +227,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     for hub in hubs(model).values():
         hub.backup = {}
     state.merged = {}
-    _guard_fast_path(model)
+    guard_fast_path(model)
     return model
 
 
@@ -286,7 +265,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     for each in gone:
         del state.records[each]
         state.active.pop(each, None)
-    _guard_fast_path(model)
+    guard_fast_path(model)
     if not state.records:
         for path, p in root.named_parameters(remove_duplicate=False):
             p.requires_grad_(state.flags.get(path, p.requires_grad))

@@ -35,6 +35,7 @@ class Site:
     bias: str | None = None
     transposed: bool = False
     names: tuple[str, ...] = field(default=())
+    gradient: Tensor | None = None  # of W on the calibration data, (out, in), while adapters are built
 
     def __post_init__(self):
         self.names = self.names or tuple(name for name, p in self.holder.named_parameters(recurse=False))

@@ -1,5 +1,6 @@
 """What every method is: a validated config that builds its adapters and states its facts."""
 
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -7,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from ..engine.adapter import Adapter, ValueAdapter
+from ..engine.calls import score
 from ..engine.model import Record, attach, check_name, unwrap
 from ..engine.sites import Site, Targets, check_kind, find, float_dtype, matches, sites, within
 from ..errors import TunesmithError, nearest
@@ -91,6 +93,20 @@ class Method(BaseModel):
         """Optimiser groups for this method's adapters (one, unless the method has its own rule)."""
         return [{"params": list({id(p): p for a in adapters.values() for p in a.parameters() if p.requires_grad}.values()), "lr": lr}]
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether the adapters are built from the base's gradients on some data (`site.gradient`)."""
+        return False
+
+    def auxiliary_loss(self, adapters: dict[str, Adapter]) -> torch.Tensor | None:
+        """What is added to the loss of the step whose forward has just run."""
+        return None
+
+    def stage(self, adapters: dict[str, Adapter], total_steps: int):
+        """What changes while training: an object with `step()`, to be called after each optimiser step while the gradients
+        are still there, `state_dict()` and `load_state_dict(state)`; or None."""
+        return None
+
     peft_type: ClassVar[str | None] = None  # what Hugging Face peft calls this method; None where it has no word for it
     peft_by_site: ClassVar[bool] = True  # its tensors' keys begin with a module's path
 
@@ -155,10 +171,17 @@ def override(config: Method, fields: dict) -> Method:
     return type(config)(**{**kept, **fields})
 
 
-def adapt(model: nn.Module, method: "Method | str | dict", name: str = "default", targets: Targets | None = None) -> nn.Module:
+def adapt(
+    model: nn.Module,
+    method: "Method | str | dict",
+    name: str = "default",
+    targets: Targets | None = None,
+    calibrate: Callable[[nn.Module], None] | None = None,
+) -> nn.Module:
     """Attach a method to a model, in place; the new adapter is the active one. Returns the model.
 
     `method`: a config (`LoRA(rank=8)`), a name (`"lora"`) or a mapping. `targets` overrides the config's.
+    `calibrate(model)` runs forward and backward on some batches, for methods that start from the base's gradients.
     Raises `TunesmithError` for an unknown method, a target that matches nothing or cannot be adapted.
     """
     config = parse(method)
@@ -174,7 +197,16 @@ def adapt(model: nn.Module, method: "Method | str | dict", name: str = "default"
             check_kind(site, configs[path].works_on, configs[path].method, sites(model))
             if not configs[path].count(site):
                 raise TunesmithError(f"{configs[path].method} has nothing to train at {path!r}")
-    attach(model, name, Record(config, configs), build(config, model, configs, {p: s for p, (s, _) in chosen.items()}))
+    by_path = {path: site for path, (site, _) in chosen.items()}
+    if scored := {path: by_path[path] for path, each in configs.items() if each.calibrated}:
+        if calibrate is None:
+            raise TunesmithError(f"{config.method} starts from the model's gradients here: pass adapt(..., calibrate=function), which runs forward and backward on some batches")
+        score(model, scored, calibrate)
+    try:
+        attach(model, name, Record(config, configs), build(config, model, configs, by_path))
+    finally:
+        for site in by_path.values():
+            site.gradient = None
     return model
 
 

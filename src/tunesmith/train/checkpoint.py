@@ -1,7 +1,7 @@
 """What a run needs to go on after a kill as if nothing had happened.
 
 Batches, learning rate and random numbers are functions of (seed, step), so that the state is the step, the trained
-parameters, the optimiser and what has been measured so far.
+parameters, the optimiser, the stages and what has been measured so far.
 """
 
 import os
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TunesmithError
+from ..schedule import Stages
 
 
 @dataclass
@@ -34,9 +35,9 @@ class Progress:
     stopped: bool = False  # by early stopping
 
 
-def write(file: Path, progress: Progress, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+def write(file: Path, progress: Progress, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer, stages: Stages) -> None:
     """Replace `file` by this state in one rename. Raises `TunesmithError` when the disk refuses; the old state then stays."""
-    state = {"progress": asdict(progress), "parameters": {n: p.detach() for n, p in parameters.items()}, "optimizer": optimizer.state_dict()}
+    state = {"progress": asdict(progress), "parameters": {n: p.detach() for n, p in parameters.items()}, "optimizer": optimizer.state_dict(), "stages": stages.state_dict()}
     temporary = file.with_name(f".{file.name}.part")
     try:
         file.parent.mkdir(exist_ok=True)
@@ -55,7 +56,7 @@ def write(file: Path, progress: Progress, parameters: dict[str, Tensor], optimiz
         raise TunesmithError(f"cannot write the checkpoint {file}: {cause.strerror}; the one before it is still there") from error
 
 
-def read(file: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> Progress:
+def read(file: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer, stages: Stages) -> Progress:
     """Put the state in `file` into parameters and optimiser. Raises `TunesmithError` when it is not of this model and method."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
@@ -68,4 +69,5 @@ def read(file: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optim
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
     optimizer.load_state_dict(state["optimizer"])
+    stages.load_state_dict(state["stages"])
     return Progress(**state["progress"])

@@ -143,6 +143,7 @@ def _run(recipe, progress, resume, overwrite):
     prepare(model, recipe.gradient_checkpointing)
     parameters = ts.trainable(model)
     optimizer = optim.build(model, recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay, head_lr=recipe.head_lr, betas=recipe.betas)
+    stages = ts.stages(model, total)
     peak_rates = [group["lr"] for group in optimizer.param_groups]
     size = ts.summary(model)
     if recipe.packing and any(site.kind == "tokens" for site in size.sites):
@@ -155,7 +156,7 @@ def _run(recipe, progress, resume, overwrite):
         counts = {"rows": len(rows), "train_rows": len(train), "eval_rows": len(held) if held is not None else 0}
         about = {"source": recipe.data, "task": task.name, **counts, "columns": columns, "labels": labels}
         run_folder.start(folder, recipe, about | {"fingerprint": data.fingerprint(rows)}, overwrite)
-    state = checkpoint.read(state_file, parameters, optimizer) if go_on else checkpoint.Progress()
+    state = checkpoint.read(state_file, parameters, optimizer, stages) if go_on else checkpoint.Progress()
     if recipe.baseline and rank == 0 and not go_on:
         with ts.disabled(model):  # the untouched model
             for name in scored:
@@ -185,8 +186,10 @@ def _run(recipe, progress, resume, overwrite):
         loss = 0.0
         for batch in inputs:
             part = loss_of(model, batch, task, max(count, 1))
-            part.backward()
             loss += part.item()
+            if (extra := ts.auxiliary_loss(model)) is not None:
+                part = part + extra / (len(inputs) * world)
+            part.backward()
         loss = reduced(loss, device, world)
         if state.step == 0 and rank == 0 and math.isfinite(loss) and (warning := assert_learning(model)):
             tell({"event": "note", "text": warning})
@@ -199,6 +202,7 @@ def _run(recipe, progress, resume, overwrite):
                 f"the {what} is no longer a number at step {state.step + 1} (lr {recipe.lr * rate:.3g}); {kept}; try lr={recipe.lr / 10:g}"
             )
         optimizer.step()
+        stages.step()
         optimizer.zero_grad(set_to_none=True)
 
         state.step += 1
@@ -244,7 +248,7 @@ def _run(recipe, progress, resume, overwrite):
         if rank == 0 and (due or end_of_epoch or state.step == total or state.stopped):
             state.time_s = spent + time.monotonic() - began
             state.metrics_bytes = log.sync()
-            checkpoint.write(state_file, state, parameters, optimizer)
+            checkpoint.write(state_file, state, parameters, optimizer, stages)
             saved_at = time.monotonic()
 
     # The kept adapter once over the test data, and the run in one file.

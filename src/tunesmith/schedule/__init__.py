@@ -1,0 +1,30 @@
+"""What changes while training: the stages that methods ask for, as one object that a loop steps and a checkpoint holds."""
+
+from torch import nn
+
+from ..engine.model import adapters, state_of
+
+
+class Stages:
+    """The stages of a model's active adapters. `step()` comes after each optimiser step, before the gradients are cleared."""
+
+    def __init__(self, parts: dict[str, object]):
+        self.parts = parts
+
+    def step(self) -> None:
+        for part in self.parts.values():
+            part.step()
+
+    def state_dict(self) -> dict:
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+
+
+def stages(model: nn.Module, total_steps: int) -> Stages:
+    """What the active adapters' methods change over `total_steps` optimiser steps; does nothing where they change nothing."""
+    state = state_of(model)
+    parts = {name: state.records[name].config.stage(adapters(model, name), total_steps) for name in state.active}
+    return Stages({name: part for name, part in parts.items() if part is not None})
