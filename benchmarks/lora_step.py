@@ -18,6 +18,7 @@ highest resident size the kernel saw during the steps, less that of the loaded m
 
 import argparse
 import ctypes
+import functools
 import gc
 import importlib.metadata
 import json
@@ -33,8 +34,8 @@ VARIANTS = ["peft", "tunesmith", "frozen", "full", "peft-dora", "tunesmith-dora"
 RESULT = Path(__file__).parent / "results" / "lora_step.json"
 
 
-def build():
-    """LlamaForCausalLM in the shape of SmolLM2-135M."""
+def build(layers=30):
+    """LlamaForCausalLM in the shape of SmolLM2-135M, or of its first `layers`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -43,7 +44,7 @@ def build():
         LlamaConfig(
             hidden_size=576,
             intermediate_size=1536,
-            num_hidden_layers=30,
+            num_hidden_layers=layers,
             num_attention_heads=9,
             num_key_value_heads=3,
             vocab_size=49152,
@@ -94,17 +95,17 @@ def resident(field):
     return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
-def run(variant, steps, threads):
-    """One process: the seconds and the loss of each step, and the memory in MB."""
+def run(prepare, steps, threads, layers=30):
+    """One process: the seconds and the loss of each step, and the memory in MB. `prepare(model)` as above, of one variant."""
     import torch
 
     torch.set_num_threads(threads)
-    model = build()
+    model = build(layers)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     loaded = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the highest size so far
-    parameters, loss_of = prepare(variant, model)
+    parameters, loss_of = prepare(model)
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, fused=True) if parameters else None
 
     def step(ids):
@@ -133,11 +134,12 @@ def run(variant, steps, threads):
     }
 
 
-def compare(variants, repeats, steps, threads):
+def compare(script, variants, repeats, *arguments):
+    """Run `script --run variant` in turns; the medians of what each run printed."""
     runs = {variant: [] for variant in variants}
     for repeat in range(repeats):
         for variant in variants:
-            command = [sys.executable, __file__, "--run", variant, "--steps", str(steps), "--threads", str(threads)]
+            command = [sys.executable, script, "--run", variant, *map(str, arguments)]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             runs[variant].append(json.loads(output.splitlines()[-1]))
             print(f"{repeat + 1}/{repeats} {variant}: {statistics.median(runs[variant][-1]['seconds']):.2f} s", file=sys.stderr)
@@ -184,9 +186,9 @@ def main():
     parser.add_argument("--run", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
-        print(json.dumps(run(args.run, args.steps, args.threads)))
+        print(json.dumps(run(functools.partial(prepare, args.run), args.steps, args.threads)))
         return
-    results = compare(args.variants, args.repeats, args.steps, args.threads)
+    results = compare(__file__, args.variants, args.repeats, "--steps", args.steps, "--threads", args.threads)
     report = {
         "command": " ".join(["python benchmarks/lora_step.py", *sys.argv[1:]]),
         "machine": machine(args.threads),

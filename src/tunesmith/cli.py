@@ -255,6 +255,7 @@ def compare(
     model: Annotated[str | None, typer.Option(help="minilm, smollm2-135m, a hub id or a folder.")] = None,
     output: Annotated[str, typer.Option(help="Folder of the table, the page and the runs.")] = "runs/compare",
     seeds: Annotated[str | None, typer.Option(help="Train each method once per seed, e.g. 0,1,2.")] = None,
+    rates: Annotated[str | None, typer.Option(help="Learning rates to choose from for each method, on the evaluation data, e.g. 5e-4,2e-3,8e-3.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors.")] = False,
@@ -273,7 +274,9 @@ def compare(
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
     with Display(silent=as_json or quiet) as display:
-        result = run_all(names, base, output, _numbers(seeds) if seeds else None, overwrite, display)
+        result = run_all(
+            names, base, output, _numbers("seeds", seeds, int) if seeds else None, overwrite, display, _numbers("rates", rates, float) if rates else None
+        )
     if as_json:
         return _print_json(result)
     if not quiet and result["rows"]:
@@ -286,11 +289,38 @@ def compare(
         raise typer.Exit(1)
 
 
-def _numbers(text: str) -> list[int]:
+def _numbers(option: str, text: str, kind: type) -> list:
     try:
-        return [int(part) for part in text.split(",")]
+        return [kind(part) for part in text.split(",")]
     except ValueError as error:
-        raise TunesmithError(f"--seeds {text}: seeds are whole numbers separated by commas, such as 0,1,2") from error
+        form = "whole numbers separated by commas, such as 0,1,2" if kind is int else "numbers separated by commas, such as 5e-4,2e-3"
+        raise TunesmithError(f"--{option} {text}: {option} are {form}") from error
+
+
+@app.command()
+def claims(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Names of experiments; default: all.", show_default=False)] = None,
+    run: Annotated[bool, typer.Option("--run", help="Measure again, which takes minutes to an hour each.")] = False,
+    folder: Annotated[Path, typer.Option(help="The experiments.")] = Path("benchmarks/claims"),
+    as_json: AsJson = False,
+):
+    """What papers claim, and what was measured here.
+
+    \b
+    Examples:
+      tunesmith claims
+      tunesmith claims bone --run
+    """
+    from .bench import claims as experiments
+
+    if run:
+        for name in names or experiments.names(folder):
+            experiments.run(folder, name, lambda row: typer.echo(f"{row['paper']}: {row['claim']}: {experiments.verdict(row)}", err=True))
+    rows = experiments.results(folder, names)
+    if as_json:
+        return _print_json(rows)
+    _table(["experiment", "claim", "paper's figure", "measured", "holds"],
+           [[r["experiment"], r["claim"], r["reported"], r["summary"], experiments.verdict(r)] for r in rows])  # fmt: skip
 
 
 def _recipe_and_overrides(arguments: list[str], recipe: Path | None) -> tuple[Path | None, list[str]]:

@@ -13,15 +13,14 @@ from .train.loop import run
 from .train.recipe import check
 from .train.render import render
 
-SAMPLES = Path(__file__).parent / "samples" / "contact-centre"
 OUTPUT = Path("demo-report")
 
 # One budget for all; the learning rates suit a small encoder and few steps.
 METHODS = [{"method": "lora", "lr": 3e-3}, {"method": "linear-probe", "lr": 1e-2}, {"method": "bitfit", "lr": 5e-3}, {"method": "full", "lr": 4e-4}]
-INTENTS = {"model": "minilm", "data": str(SAMPLES / "train.csv"), "eval": str(SAMPLES / "test.csv"), "limit": 1344, "epochs": 3, "batch_size": 16, "eval_every": 1000}
+INTENTS = {"model": "minilm", "data": "contact-centre", "eval": "contact-centre", "limit": 1344, "epochs": 3, "batch_size": 16, "eval_every": 1000}
 ANSWERS = {
-    "model": "smollm2-135m", "method": {"method": "lora", "rank": 8}, "data": str(SAMPLES / "extract_train.jsonl"), "limit": 160,
-    "eval": str(SAMPLES / "extract_test.jsonl"), "eval_limit": 8, "epochs": 1, "batch_size": 8, "lr": 2e-3, "max_new_tokens": 80,
+    "model": "smollm2-135m", "method": {"method": "lora", "rank": 8}, "data": "contact-centre-answers", "limit": 160,
+    "eval": "contact-centre-answers", "eval_limit": 8, "epochs": 1, "batch_size": 8, "lr": 2e-3, "max_new_tokens": 80,
     "baseline": True, "output": str(OUTPUT / "smollm2-answers"),
 }  # fmt: skip
 

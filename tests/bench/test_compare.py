@@ -203,3 +203,29 @@ def test_a_process_that_fails_says_why(tmp_path, base, monkeypatch, script, reas
     child.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(child))
     assert compare(["lora"], base, tmp_path / "out")["failures"] == [{"label": "lora", "reason": reason}]
+
+
+def test_each_method_at_the_best_of_some_rates(tmp_path, base, trained, monkeypatch):
+    best = {"lora": 2e-3, "bitfit": 8e-3}
+    monkeypatch.setitem(MEASURED, "lora", (0.9, 100, 60.0))
+    plain = sys.modules["tunesmith.bench.compare"]._train
+
+    def train(fields, tell):
+        name = fields["method"]["method"]
+        value, parameters, time = MEASURED[name]
+        monkeypatch.setitem(MEASURED, name, (value - 100 * abs(fields["lr"] - best.get(name, 5e-4)), parameters, time))
+        try:
+            return plain(fields, tell)
+        finally:
+            monkeypatch.setitem(MEASURED, name, (value, parameters, time))
+
+    monkeypatch.setattr("tunesmith.bench.compare._train", train)
+    (tmp_path / "test.csv").write_text("text,label\na,x\n")
+    methods = ["lora", "bitfit", {"method": "full", "lr": 1e-5}]
+    result = compare(methods, base | {"test": str(tmp_path / "test.csv")}, tmp_path / "out", seeds=[3, 4], rates=[5e-4, 2e-3, 8e-3])
+    assert [row["method"]["lr"] for row in result["rows"]] == [2e-3, 8e-3, 1e-5]
+    tuning = [request for request in trained if "rates" in request["output"]]
+    assert len(tuning) == 6 and all("test" not in request and request["seed"] == 3 for request in tuning)
+    assert len(trained) == 6 + 3 * 2 and all("test" in request for request in trained if "rates" not in request["output"])
+    compare(methods, base | {"test": str(tmp_path / "test.csv")}, tmp_path / "out", seeds=[3, 4], rates=[5e-4, 2e-3, 8e-3])
+    assert len(trained) == 12

@@ -196,6 +196,18 @@ def test_a_split_keeps_the_shares_of_labels_and_depends_on_the_seed():
         data.split(dataset.select([0]), 0.5, 0)
 
 
+def test_so_many_rows_of_each_label():
+    dataset = Dataset.from_dict({"id": range(100), "label": ["a"] * 50 + ["b"] * 47 + ["c"] * 3})
+    chosen = data.per_label(dataset, 5, "label", seed=1)
+    assert [list(chosen["label"]).count(x) for x in "abc"] == [5, 5, 3] and list(chosen["id"]) == sorted(chosen["id"])
+    assert list(data.per_label(dataset, 5, "label", seed=2)["id"]) != list(chosen["id"])
+
+
+def test_the_samples_in_the_package(here):
+    assert (len(data.load("contact-centre")), len(data.load("contact-centre", "test"))) == (1680, 504)
+    assert (len(data.load("contact-centre-answers")), len(data.load("contact-centre-answers", "test"))) == (600, 120)
+
+
 def test_a_text_file_is_split_once(here):
     train, held = data.split(data.load(write("a.txt", "".join(f"{i}\n" for i in range(10)))), 0.2, 3)
     assert "".join(train["text"]) + "".join(held["text"]) == Path("a.txt").read_text() and len(held) == 2

@@ -46,6 +46,7 @@ def compare(
     seeds: list[int] | None = None,
     overwrite: bool = False,
     progress: Callable[[dict], None] | None = None,
+    rates: list[float] | None = None,
 ) -> dict:
     """Train each of `methods` as the recipe `base` says, and write compare.json, compare.csv and compare.html to `output`.
 
@@ -54,6 +55,8 @@ def compare(
     seeds: train each method once per seed; the table then has the mean and the standard deviation.
     overwrite: train anew what `output` holds under another recipe.
     progress: told the events of every run (see `train.run`).
+    rates: learning rates, of which each method that names none gets the one that does best on the evaluation data with the
+    first seed; those runs are a comparison of their own, in `output`/rates.
 
     A run that `output` holds already under the same recipe and data is not trained again, and one that was cut off goes
     on. A run that fails is listed with its reason, and the others go on. Returns what compare.json holds.
@@ -63,6 +66,8 @@ def compare(
     if isinstance(base, Recipe):
         base = base.model_dump(mode="json", exclude_unset=True)
     base = {key: value for key, value in base.items() if key not in ("method", "output")}
+    if rates:
+        methods = [_at_best_rate(method, base, rates, output, (seeds or [None])[:1], overwrite, tell) for method in methods]
     runs = [_plan(base, method, seed, output) for method in methods for seed in (seeds or [None])]
     if not runs:
         raise TunesmithError("compare needs at least one method")
@@ -87,6 +92,25 @@ def compare(
     return result
 
 
+def _at_best_rate(method: str | dict, base: dict, rates: list[float], output: Path, seeds: list, overwrite: bool, tell) -> dict:
+    """The method with the one of `rates` that does best on the evaluation data (the first of several)."""
+    method = {"method": method} if isinstance(method, str) else method
+    if "lr" in method:
+        return method
+    base = {key: value for key, value in base.items() if key != "test"}
+    rows = compare([method | {"lr": rate} for rate in rates], base, output / "rates" / _file_name(method_label(method)), None if seeds == [None] else seeds, overwrite, tell)
+    scored = [row for row in rows["rows"] if row["value"] is not None]
+    if not scored:
+        return method | {"lr": rates[0]}  # fails again, and says why, where the table is
+    best = (max if rows["higher_is_better"] else min)(scored, key=lambda row: row["value"])
+    return best["method"]
+
+
+def _file_name(title: str) -> str:
+    name = re.sub(r"[^\w.]+", "-", title).strip("-.").lower()
+    return name if len(name) <= 80 else f"{name[:70]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
 def _plan(base: dict, method: str | dict, seed: int | None, output: Path) -> dict:
     """What is to be run, checked, and whether `output` holds it already."""
     label, recipe = method_label(method), base | {"method": method}
@@ -96,9 +120,7 @@ def _plan(base: dict, method: str | dict, seed: int | None, output: Path) -> dic
     if seed is not None:
         recipe["seed"] = seed
     recipes.check(recipe)
-    name = re.sub(r"[^\w.]+", "-", title).strip("-.").lower()
-    if len(name) > 80:
-        name = f"{name[:70]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    name = _file_name(title)
     file = output / f"{name}.yaml"
     text = f"# data {_digest(recipe)}\n" + yaml.safe_dump(recipe, sort_keys=True, allow_unicode=True)
     same = file.exists() and file.read_text(encoding="utf-8") == text

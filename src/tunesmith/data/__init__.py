@@ -2,6 +2,6 @@
 
 from .batching import batches, by_length, collate, pack
 from .load import load
-from .rows import fingerprint, sample, split
+from .rows import fingerprint, per_label, sample, split
 
-__all__ = ["batches", "by_length", "collate", "fingerprint", "load", "pack", "sample", "split"]
+__all__ = ["batches", "by_length", "collate", "fingerprint", "load", "pack", "per_label", "sample", "split"]

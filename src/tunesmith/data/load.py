@@ -17,9 +17,9 @@ def load(source: str | Path, split: str = "train", limit: int | None = None):
     """Return a `datasets.Dataset` held in memory; nothing is written beside the user's files.
 
     `source`: a .csv, .tsv, .json, .jsonl, .parquet or .txt file; a folder or a name with such files, `<name>_<split>.csv`
-    or `<split>.csv`, the name being looked for in `$TUNESMITH_DATA` and in `../shared/data`; else a hub name, with its
-    configuration after a colon (`nyu-mll/glue:sst2`). `split` chooses among the splits that the source has; a file
-    without splits is read whole. Class indices become class names. `limit` keeps that many rows, evenly spread.
+    or `<split>.csv`, the name being looked for in `$TUNESMITH_DATA`, in `../shared/data` and among the package's samples
+    (`contact-centre`, `contact-centre-answers`); else a hub name, with its configuration after a colon
+    (`nyu-mll/glue:sst2`). `split` chooses among the splits that the source has; a file without splits is read whole. Class indices become class names. `limit` keeps that many rows, evenly spread.
 
     Raises `TunesmithError` when there is no such source or split, and for a file that cannot be read as it stands.
     """
@@ -78,7 +78,8 @@ def _roots() -> list[Path]:
     shared = Path("..", "shared", "data")
     repository = Path(__file__).resolve().parents[3]
     roots = [Path(os.environ["TUNESMITH_DATA"])] if os.environ.get("TUNESMITH_DATA") else []
-    return [r for r in (*roots, shared, repository / shared) if r.is_dir()]
+    samples = Path(__file__).resolve().parents[1] / "samples"
+    return [r for r in (*roots, shared, repository / shared, samples) if r.is_dir()]
 
 
 def _files_of(root: Path, name: str) -> dict[str, Path]:

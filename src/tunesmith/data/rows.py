@@ -31,6 +31,18 @@ def sample(dataset, limit: int | None):
     return dataset.select([i * len(dataset) // limit for i in range(limit)])
 
 
+def per_label(dataset, count: int, label_column: str, seed: int = 0):
+    """At most `count` rows of each label, drawn with `seed`, in the original order."""
+    order = list(range(len(dataset)))
+    random.Random(f"{seed}/per label").shuffle(order)
+    labels, taken, kept = list(map(str, dataset[label_column])), {}, []
+    for i in order:
+        if taken.setdefault(labels[i], 0) < count:
+            taken[labels[i]] += 1
+            kept.append(i)
+    return dataset.select(sorted(kept))
+
+
 def split(dataset, fraction: float, seed: int = 0, label_column: str | None = None):
     """Hold out about `fraction` of the rows: returns (train, held out), both in the original order.
 

@@ -76,6 +76,10 @@ def _run(recipe, progress, resume, overwrite):
     elif recipe.holdout:
         train, held = data.split(rows, recipe.holdout, recipe.seed, columns.get("label") if labels else None)
         held = data.sample(held, recipe.eval_limit)
+    if recipe.per_label:
+        if not labels:
+            raise TunesmithError(f"per_label is for task classification, not {task.name}; say limit={recipe.per_label} instead")
+        train = data.per_label(train, recipe.per_label, columns["label"], recipe.seed)
     test = data.load(recipe.test, recipe.eval_split, recipe.eval_limit) if recipe.test else None
     scored = {name: (source, rows, columns_of(task, rows, columns)) for name, source, rows in (
         ("eval", recipe.eval, held), ("test", recipe.test, test)) if rows is not None}  # fmt: skip

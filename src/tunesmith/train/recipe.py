@@ -29,6 +29,7 @@ class Recipe(BaseModel):
     eval_split: str = Field("test", description="split of a hub data set to evaluate and test on")
     holdout: float = Field(0.1, ge=0, lt=1, description="share of `data` held out for evaluation when `eval` is absent; 0: none")
     limit: Positive | None = Field(None, description="train on so many rows, evenly spread over the data")
+    per_label: Positive | None = Field(None, description="classification: train on so many rows of each label, drawn with the seed, the evaluation data apart")
     eval_limit: Positive | None = Field(None, description="evaluate on so many rows, evenly spread over the data")
     baseline: bool = Field(False, description="also evaluate the untouched model, before training")
 
