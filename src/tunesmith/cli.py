@@ -256,6 +256,7 @@ def compare(
     output: Annotated[str, typer.Option(help="Folder of the table, the page and the runs.")] = "runs/compare",
     seeds: Annotated[str | None, typer.Option(help="Train each method once per seed, e.g. 0,1,2.")] = None,
     rates: Annotated[str | None, typer.Option(help="Learning rates to choose from for each method, on the evaluation data, e.g. 5e-4,2e-3,8e-3.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each with its share of the cores.")] = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors.")] = False,
@@ -275,7 +276,7 @@ def compare(
     names = [name.strip() for name in methods.split(",") if name.strip()]
     with Display(silent=as_json or quiet) as display:
         result = run_all(
-            names, base, output, _numbers("seeds", seeds, int) if seeds else None, overwrite, display, _numbers("rates", rates, float) if rates else None
+            names, base, output, _numbers("seeds", seeds, int) if seeds else None, overwrite, display, _numbers("rates", rates, float) if rates else None, jobs
         )
     if as_json:
         return _print_json(result)

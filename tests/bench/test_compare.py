@@ -46,7 +46,7 @@ def trained(monkeypatch):
     """The requests to train, answered with made-up runs; `ia3` on seed 13 fails."""
     requests = []
 
-    def train(fields, tell):
+    def train(fields, tell, jobs=1, children=None):
         requests.append(fields)
         recipe = recipes.check(fields)
         name = recipe.method if isinstance(recipe.method, str) else recipe.method["method"]
@@ -210,7 +210,7 @@ def test_each_method_at_the_best_of_some_rates(tmp_path, base, trained, monkeypa
     monkeypatch.setitem(MEASURED, "lora", (0.9, 100, 60.0))
     plain = sys.modules["tunesmith.bench.compare"]._train
 
-    def train(fields, tell):
+    def train(fields, tell, jobs=1, children=None):
         name = fields["method"]["method"]
         value, parameters, time = MEASURED[name]
         monkeypatch.setitem(MEASURED, name, (value - 100 * abs(fields["lr"] - best.get(name, 5e-4)), parameters, time))
@@ -229,3 +229,10 @@ def test_each_method_at_the_best_of_some_rates(tmp_path, base, trained, monkeypa
     assert len(trained) == 6 + 3 * 2 and all("test" in request for request in trained if "rates" not in request["output"])
     compare(methods, base | {"test": str(tmp_path / "test.csv")}, tmp_path / "out", seeds=[3, 4], rates=[5e-4, 2e-3, 8e-3])
     assert len(trained) == 12
+
+
+def test_runs_side_by_side_give_the_same_table(tmp_path, base, trained):
+    told = []
+    one = compare(["full", "lora", "bitfit", "ia3"], base, tmp_path / "one")
+    two = compare(["full", "lora", "bitfit", "ia3"], base, tmp_path / "two", progress=told.append, jobs=3)
+    assert two == one and {event["event"] for event in told} == {"note"}

@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import yaml
@@ -47,6 +48,7 @@ def compare(
     overwrite: bool = False,
     progress: Callable[[dict], None] | None = None,
     rates: list[float] | None = None,
+    jobs: int = 1,
 ) -> dict:
     """Train each of `methods` as the recipe `base` says, and write compare.json, compare.csv and compare.html to `output`.
 
@@ -57,6 +59,7 @@ def compare(
     progress: told the events of every run (see `train.run`).
     rates: learning rates, of which each method that names none gets the one that does best on the evaluation data with the
     first seed; those runs are a comparison of their own, in `output`/rates.
+    jobs: so many runs at once, each with its share of the cores: sooner done, but the runs' times then depend on each other.
 
     A run that `output` holds already under the same recipe and data is not trained again, and one that was cut off goes
     on. A run that fails is listed with its reason, and the others go on. Returns what compare.json holds.
@@ -67,7 +70,7 @@ def compare(
         base = base.model_dump(mode="json", exclude_unset=True)
     base = {key: value for key, value in base.items() if key not in ("method", "output")}
     if rates:
-        methods = [_at_best_rate(method, base, rates, output, (seeds or [None])[:1], overwrite, tell) for method in methods]
+        methods = [_at_best_rate(method, base, rates, output, (seeds or [None])[:1], overwrite, tell, jobs) for method in methods]
     runs = [_plan(base, method, seed, output) for method in methods for seed in (seeds or [None])]
     if not runs:
         raise TunesmithError("compare needs at least one method")
@@ -75,30 +78,51 @@ def compare(
         raise TunesmithError(f"the same method is there twice: {', '.join(sorted(twice))}")
     for run in runs:
         _refuse_other(run, overwrite)
-    for i, run in enumerate(runs):
-        summary = run["folder"] / "summary.json"
+    children: set[subprocess.Popen] = set()
+
+    def carry_out(i: int) -> None:
+        run, summary = runs[i], runs[i]["folder"] / "summary.json"
         if not (run["same"] and summary.exists()):
             tell({"event": "note", "text": f"{run['title']} ({i + 1} of {len(runs)})"})
             if not run["same"]:
                 shutil.rmtree(run["folder"], ignore_errors=True)
                 atomic_write(run["file"], run["text"])
-            run["failure"] = _train(run["recipe"] | {"output": str(run["folder"])}, tell)
+            fields = run["recipe"] | {"output": str(run["folder"])}
+            run["failure"] = _train(fields, tell) if jobs == 1 else _train(fields, lambda event: _briefly(run["title"], event, tell), jobs, children)
         if summary.exists() and not run["failure"]:
             run["summary"] = json.loads(summary.read_text(encoding="utf-8"))
-        result = _result(base, runs[: i + 1])
-        atomic_write(output / "compare.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-        atomic_write(output / "compare.csv", _csv(result))
-        atomic_write(output / "compare.html", page.html(result))
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for _ in (map if jobs == 1 else pool.map)(carry_out, range(len(runs))):
+                result = _result(base, runs)
+                atomic_write(output / "compare.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+                atomic_write(output / "compare.csv", _csv(result))
+                atomic_write(output / "compare.html", page.html(result))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in list(children):
+                child.kill()
+            raise
     return result
 
 
-def _at_best_rate(method: str | dict, base: dict, rates: list[float], output: Path, seeds: list, overwrite: bool, tell) -> dict:
+def _briefly(title: str, event: dict, tell) -> None:
+    """Of runs side by side only what each ends with."""
+    if event["event"] == "eval":
+        metrics = "  ".join(f"{name} {value:.4g}" for name, value in event["metrics"].items())
+        tell({"event": "note", "text": f"{title}, step {event['step']}: {metrics}"})
+    elif event["event"] == "note" and event["text"].startswith(("warning", "failed")):
+        tell({"event": "note", "text": f"{title}: {event['text']}"})
+
+
+def _at_best_rate(method: str | dict, base: dict, rates: list[float], output: Path, seeds: list, overwrite: bool, tell, jobs: int) -> dict:
     """The method with the one of `rates` that does best on the evaluation data (the first of several)."""
     method = {"method": method} if isinstance(method, str) else method
     if "lr" in method:
         return method
     base = {key: value for key, value in base.items() if key != "test"}
-    rows = compare([method | {"lr": rate} for rate in rates], base, output / "rates" / _file_name(method_label(method)), None if seeds == [None] else seeds, overwrite, tell)
+    rows = compare([method | {"lr": rate} for rate in rates], base, output / "rates" / _file_name(method_label(method)), None if seeds == [None] else seeds, overwrite, tell, jobs=jobs)
     scored = [row for row in rows["rows"] if row["value"] is not None]
     if not scored:
         return method | {"lr": rates[0]}  # fails again, and says why, where the table is
@@ -151,18 +175,20 @@ def _refuse_other(run: dict, overwrite: bool) -> None:
         raise TunesmithError(f"{run['folder']} holds another run ({'; '.join(changed) or 'its data has changed'}); choose another output, or overwrite it")
 
 
-def _train(recipe: dict, tell: Callable[[dict], None]) -> str | None:
-    """Train in a process of its own; the reason where it failed."""
+def _train(recipe: dict, tell: Callable[[dict], None], jobs: int = 1, children: set | None = None) -> str | None:
+    """Train in a process of its own, one of `jobs` at once, known to `children` while it runs; the reason where it failed."""
+    share = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     process = subprocess.Popen(
         [sys.executable, "-m", "tunesmith.bench.child"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         encoding="utf-8",
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "PYTHONIOENCODING": "utf-8"},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "PYTHONIOENCODING": "utf-8"} | share,
         start_new_session=True,  # Ctrl-C ends the run here, below, and not in the middle of its own writing about it
     )
-    failure = None
+    failure, children = None, set() if children is None else children
+    children.add(process)
     try:
         with contextlib.suppress(BrokenPipeError), process.stdin:
             json.dump(recipe, process.stdin)
@@ -177,6 +203,7 @@ def _train(recipe: dict, tell: Callable[[dict], None]) -> str | None:
         process.kill()
         process.wait()
         process.stdout.close()
+        children.discard(process)
     if code and not failure:
         failure = f"the process was killed by signal {-code} (9: most often out of memory)" if code < 0 else f"the process ended with code {code}"
     if failure:
