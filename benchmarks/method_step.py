@@ -30,13 +30,13 @@ METHODS = {
     "hut": ({"rank": 16}, ("HiraConfig", {"r": 16})),
     "transformed-lora": ({}, None),
     "wara": ({"rank": 16}, None),
-    "adalora": ({"init_rank": 16, "target_rank": 8}, ("AdaLoraConfig", {"init_r": 16, "target_r": 8, "total_step": 1000, "lora_alpha": 16})),
+    "adalora": ({"rank": 16, "target_rank": 8}, ("AdaLoraConfig", {"init_r": 16, "target_r": 8, "total_step": 1000, "lora_alpha": 16})),
     "vera": ({"rank": 256}, ("VeraConfig", {"r": 256})),
     "fourierft": ({"n_frequency": 1000}, ("FourierFTConfig", {"n_frequency": 1000})),
     "s2-lora": ({"rank": 64}, None),
     "mola": ({"rank": 8, "experts": 4}, None),
-    "poly": ({"rank": 4, "skills": 4}, ("PolyConfig", {"r": 4, "n_skills": 4, "n_splits": 1})),
-    "mhr": ({"rank": 4, "skills": 4, "splits": 4}, ("PolyConfig", {"r": 4, "n_skills": 4, "n_splits": 4})),
+    "poly": ({"rank": 4, "n_skills": 4}, ("PolyConfig", {"r": 4, "n_skills": 4, "n_splits": 1})),
+    "mhr": ({"rank": 4, "n_skills": 4, "n_splits": 4}, ("PolyConfig", {"r": 4, "n_skills": 4, "n_splits": 4})),
 }
 
 

@@ -13,8 +13,9 @@ _HOMES = {
     "tunesmith.schedule": ["stages"],
     "tunesmith.methods.store": ["save", "load"],
     "tunesmith.methods": [
-        "adapt", "Method", "MethodInfo", "BitFit", "DoRA", "Full", "IA3", "LNTuning", "LinearProbe", "LoRA", "PiSSA",
-        "PrefixTuning", "PromptTuning", "RSLoRA", "SeriesAdapter",
+        "adapt", "Method", "MethodInfo", "ranks", "few_shot", "AdaLoRA", "Bat", "BitFit", "Bone", "DoRA", "FourierFT", "Full", "HUT", "IA3", "LinearProbe",
+        "LNTuning", "LoRA", "MHR", "MiSS", "MoLA", "PiSSA", "Poly", "PrefixTuning", "PromptTuning", "RSLoRA", "S2LoRA", "SeriesAdapter", "SoKA",
+        "TransformedLoRA", "VeRA", "WaRA",
     ],
 }  # fmt: skip
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}

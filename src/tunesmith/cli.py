@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -255,7 +256,7 @@ def compare(
     model: Annotated[str | None, typer.Option(help="minilm, smollm2-135m, a hub id or a folder.")] = None,
     output: Annotated[str, typer.Option(help="Folder of the table, the page and the runs.")] = "runs/compare",
     seeds: Annotated[str | None, typer.Option(help="Train each method once per seed, e.g. 0,1,2.")] = None,
-    rates: Annotated[str | None, typer.Option(help="Learning rates to choose from for each method, on the evaluation data, e.g. 5e-4,2e-3,8e-3.")] = None,
+    rates: Annotated[str | None, typer.Option(help="Learning rates to choose from for each method, on the evaluation data, e.g. 5e-4,2e-3 or 0.3x,1x,3x of its default.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each with its share of the cores.")] = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
     as_json: AsJson = False,
@@ -276,7 +277,7 @@ def compare(
     names = [name.strip() for name in methods.split(",") if name.strip()]
     with Display(silent=as_json or quiet) as display:
         result = run_all(
-            names, base, output, _numbers("seeds", seeds, int) if seeds else None, overwrite, display, _numbers("rates", rates, float) if rates else None, jobs
+            names, base, output, _numbers("seeds", seeds, int) if seeds else None, overwrite, display, _numbers("rates", rates, _rate) if rates else None, jobs
         )
     if as_json:
         return _print_json(result)
@@ -290,11 +291,15 @@ def compare(
         raise typer.Exit(1)
 
 
-def _numbers(option: str, text: str, kind: type) -> list:
+def _rate(text: str) -> float | str:
+    return f"{float(text[:-1])}x" if text.endswith("x") else float(text)
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list:
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError as error:
-        form = "whole numbers separated by commas, such as 0,1,2" if kind is int else "numbers separated by commas, such as 5e-4,2e-3"
+        form = "whole numbers separated by commas, such as 0,1,2" if kind is int else "numbers separated by commas, such as 5e-4,2e-3 or 0.3x,1x,3x"
         raise TunesmithError(f"--{option} {text}: {option} are {form}") from error
 
 

@@ -229,6 +229,8 @@ def test_each_method_at_the_best_of_some_rates(tmp_path, base, trained, monkeypa
     assert len(trained) == 6 + 3 * 2 and all("test" in request for request in trained if "rates" not in request["output"])
     compare(methods, base | {"test": str(tmp_path / "test.csv")}, tmp_path / "out", seeds=[3, 4], rates=[5e-4, 2e-3, 8e-3])
     assert len(trained) == 12
+    result = compare(["lora"], base, tmp_path / "relative", rates=["0.5x", "2x"])
+    assert [row["method"]["lr"] for row in result["rows"]] == [2e-3]
 
 
 def test_runs_side_by_side_give_the_same_table(tmp_path, base, trained):

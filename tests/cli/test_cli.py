@@ -197,6 +197,7 @@ def test_help_is_quick_and_shows_an_example(command):
         (["chat", "empty"], "config.json is missing"),
         (["targets", "empty"], "config.json is missing"),
         (["compare", "--data", "x.csv", "--model", "minilm", "--seeds", "one"], "seeds are whole numbers"),
+        (["compare", "--data", "x.csv", "--model", "minilm", "--rates", "1x,fast"], "rates are numbers"),
         (["compare", "--data", "x.csv", "--model", "minilm", "--methods", "lora,bitfat"], "unknown method 'bitfat' (did you mean 'bitfit'"),
     ],
 )

@@ -21,10 +21,16 @@ MODELS = {**tiny.BUILDERS, "attention": attention_net}
 # Pairs that end in one clear sentence instead of an adapter.
 CANNOT = {
     "bitfit": {"llama", "t5"},
+    "mhr": {"convnet"},
+    "mola": {"convnet"},
     "prompt-tuning": {"vit", "convnet", "attention"},
     "prefix-tuning": {"vit", "convnet", "attention", "t5"},
     "series-adapter": {"convnet"},
+    "wara": {"convnet"},
 }
+
+# Sizes that a method otherwise reads off the weights.
+GIVEN = {"soka": {"method": "soka", "rank": 4}}
 
 PAIRS = [(method, kind) for method in registry for kind in MODELS if kind not in CANNOT.get(method, ())]
 

@@ -101,6 +101,9 @@ def test_auxiliary_loss_is_that_of_the_active_adapters(method):
     assert ts.auxiliary_loss(model).item() == 15
     ts.activate(model, "plain")
     assert ts.auxiliary_loss(model) is None
+    ts.adapt(model, "lora", name="both", targets={"0": {"method": "task-bias"}, "2": {}})
+    nn.init.ones_(model[0].tunesmith.adapters["both"].shift)
+    assert ts.auxiliary_loss(model).item() == 15 and list(ts.stages(model, 3).parts) == ["both task-bias"]
 
 
 def test_stages_step_and_resume(method):

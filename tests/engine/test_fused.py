@@ -246,3 +246,11 @@ def test_merged_linear_keeps_no_merged_matrix():
     with torch.autograd.graph.saved_tensors_hooks(lambda s: kept.append(s.shape) or s, lambda s: s):
         merged_linear(t["x"], t["W"].detach(), None, lambda W, b: (W * (1 + t["B"] @ t["A"]), b), [t["A"], t["B"]])
     assert sorted(map(tuple, kept)) == sorted([(4, 50), (60, 50), tuple(t["A"].shape), tuple(t["B"].shape)])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_outputs_may_be_changed_in_place(bias):
+    t = layer((4, 64, 5), dtype=torch.float32)
+    b = t["b"] if bias else None
+    for y in (lowrank_linear(t["x"], t["W"].detach(), b, t["A"], t["B"], SCALE), merged_linear(t["x"], t["W"].detach(), b, lambda W, b: (W + t["B"] @ t["A"], b), [t["A"], t["B"]])):
+        y.mul_(2).sum().backward()

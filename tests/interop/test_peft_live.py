@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import IA3Config, LNTuningConfig, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LNTuningConfig, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from safetensors.torch import load_file
 from torch import nn
@@ -125,6 +125,9 @@ PEFT = {
     "model table": ("llama", lambda: LoraConfig(r=4)),
     "nested numbers": ("moe", lambda: lora("up", layers_to_transform=[1], exclude_modules=["experts.0.up"])),
     "dropout": ("llama", lambda: lora("q_proj", lora_dropout=0.3)),
+    "adalora": ("llama", lambda: AdaLoraConfig(target_modules=["q_proj", "down_proj"], init_r=5, lora_alpha=7, target_r=2, tinit=3, tfinal=4, total_step=20)),
+    "adalora gpt2": ("gpt2", lambda: AdaLoraConfig(target_modules=["c_attn", "mlp.c_proj"], init_r=4, total_step=9)),
+    "adalora conv2d": ("convnet", lambda: AdaLoraConfig(target_modules=["3", "8"], init_r=2, total_step=9)),
     "ia3": ("llama", lambda: IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])),
     "ia3 gpt2": ("gpt2", lambda: IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"])),
     "ia3 bert": ("bert", lambda: IA3Config(task_type="SEQ_CLS")),
@@ -191,6 +194,10 @@ OWN = {
     "dora": ("bert", {"method": "dora", "modules_to_save": ["classifier"]}),
     "dora gpt2": ("gpt2", {"method": "dora", "targets": "c_attn"}),
     "dora convnet": ("convnet", {"method": "dora"}),
+    "adalora": ("llama", "adalora"),
+    "adalora gpt2": ("gpt2", {"method": "adalora", "rank": 3, "alpha": 5}),
+    "adalora bert": ("bert", {"method": "adalora", "modules_to_save": ["classifier"], "tinit": 3, "tfinal": 30}),
+    "adalora convnet": ("convnet", {"method": "adalora", "targets": ["0", "3", "8"]}),
     "ia3": ("llama", "ia3"),
     "ia3 gpt2": ("gpt2", "ia3"),
     "ia3 bert": ("bert", {"method": "ia3", "modules_to_save": ["classifier"]}),

@@ -50,7 +50,7 @@ def test_a_classifier_from_one_file(here, models, data):
         "recipe.yaml", "versions.json", "data.json", "metrics.jsonl", "summary.json", "adapter", "tensorboard", "predictions.jsonl", "report.html",
     }  # fmt: skip
     logged = lines(folder / "metrics.jsonl")
-    assert logged[0].keys() == {"step", "epoch", "loss", "lr", "tokens_per_s", "time_s", "peak_mb"} and logged[0]["step"] == 1
+    assert logged[0].keys() == {"step", "epoch", "loss", "grad_norm", "lr", "tokens_per_s", "time_s", "peak_mb"} and logged[0]["step"] == 1
     assert [row["epoch"] for row in logged if "eval" in row] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert logged[0]["loss"] > 1.3 * next(row for row in reversed(logged) if "loss" in row)["loss"]
     assert summary["params"]["trainable"] == sum(p.numel() for p in tiny.tiny_bert().parameters()) and summary["params"]["percent"] == 100

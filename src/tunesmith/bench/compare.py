@@ -19,6 +19,7 @@ import yaml
 
 from ..errors import TunesmithError
 from ..files import atomic_write
+from ..methods import parse
 from ..train import recipe as recipes
 from ..train.recipe import Recipe
 from ..train.render import method_label
@@ -47,7 +48,7 @@ def compare(
     seeds: list[int] | None = None,
     overwrite: bool = False,
     progress: Callable[[dict], None] | None = None,
-    rates: list[float] | None = None,
+    rates: list[float | str] | None = None,
     jobs: int = 1,
 ) -> dict:
     """Train each of `methods` as the recipe `base` says, and write compare.json, compare.csv and compare.html to `output`.
@@ -57,8 +58,8 @@ def compare(
     seeds: train each method once per seed; the table then has the mean and the standard deviation.
     overwrite: train anew what `output` holds under another recipe.
     progress: told the events of every run (see `train.run`).
-    rates: learning rates, of which each method that names none gets the one that does best on the evaluation data with the
-    first seed; those runs are a comparison of their own, in `output`/rates.
+    rates: learning rates, such as 2e-3 or, as multiples of the method's own default, "0.3x". Each method that names none gets
+    the one that does best on the evaluation data with the first seed; those runs are a comparison of their own, in `output`/rates.
     jobs: so many runs at once, each with its share of the cores: sooner done, but the runs' times then depend on each other.
 
     A run that `output` holds already under the same recipe and data is not trained again, and one that was cut off goes
@@ -116,12 +117,14 @@ def _briefly(title: str, event: dict, tell) -> None:
         tell({"event": "note", "text": f"{title}: {event['text']}"})
 
 
-def _at_best_rate(method: str | dict, base: dict, rates: list[float], output: Path, seeds: list, overwrite: bool, tell, jobs: int) -> dict:
+def _at_best_rate(method: str | dict, base: dict, rates: list[float | str], output: Path, seeds: list, overwrite: bool, tell, jobs: int) -> dict:
     """The method with the one of `rates` that does best on the evaluation data (the first of several)."""
     method = {"method": method} if isinstance(method, str) else method
     if "lr" in method:
         return method
     base = {key: value for key, value in base.items() if key != "test"}
+    default = parse(method).default_lr
+    rates = [float(f"{default * float(rate[:-1]):.3g}") if isinstance(rate, str) else rate for rate in rates]
     rows = compare([method | {"lr": rate} for rate in rates], base, output / "rates" / _file_name(method_label(method)), None if seeds == [None] else seeds, overwrite, tell, jobs=jobs)
     scored = [row for row in rows["rows"] if row["value"] is not None]
     if not scored:

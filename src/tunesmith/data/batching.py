@@ -60,8 +60,8 @@ def collate(examples: Sequence[dict], pad_id: int, side: str = "right",
             dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """Pad examples to the longest of the batch.
 
-    Returns int64 `input_ids` (b, t), `attention_mask` (b, t), and `labels`: (b,) class indices, or (b, t) with -100
-    where no loss is taken. Packed examples also get `position_ids` (b, t), and their mask is (b, 1, t, t), additive
+    Returns int64 `input_ids` (b, t), `attention_mask` (b, t), `task_ids` (b,) where examples have one, and `labels`:
+    (b,) class indices, or (b, t) with -100 where no loss is taken. Packed examples also get `position_ids` (b, t), and their mask is (b, 1, t, t), additive
     and of `dtype` (which must be the model's), so that a document sees only itself.
     """
     ids = [example["input_ids"] for example in examples]
@@ -72,6 +72,8 @@ def collate(examples: Sequence[dict], pad_id: int, side: str = "right",
         batch["attention_mask"] = segment_mask(segments, dtype)
     else:
         batch["attention_mask"] = _padded([[1] * len(row) for row in ids], 0, side)
+    if "task_ids" in examples[0]:
+        batch["task_ids"] = torch.tensor([example["task_ids"] for example in examples])
     if "labels" in examples[0]:
         labels = [example["labels"] for example in examples]
         batch["labels"] = torch.tensor(labels) if isinstance(labels[0], int) else _padded(labels, IGNORE, side)

@@ -62,6 +62,32 @@ def check_filled(dataset, columns: Mapping[str, str], roles: Sequence[str]) -> N
                                      f"{', '.join(map(str, rows[:5]))}{more} of {len(dataset)}; fill or remove them")
 
 
+def distinct(values) -> list[str]:
+    """The values there are, sorted (as numbers if all are)."""
+    found = {str(value) for value in values}
+    return sorted(found, key=int) if all(value.isdecimal() for value in found) else sorted(found)
+
+
+def task_names(dataset, columns: Mapping[str, str]) -> list[str] | None:
+    """The tasks that the column of the role `task` names, or None without such a column."""
+    return distinct(dataset[columns["task"]]) if "task" in columns else None
+
+
+def task_ids(dataset, columns: Mapping[str, str], known: Sequence[str] | None) -> list[int] | None:
+    """Each row's place among the `known` tasks; None where nothing is known or said of tasks.
+
+    Raises `TunesmithError` for a task that is not among them.
+    """
+    if known is None or columns.get("task") not in dataset.column_names:
+        return None
+    index = {task: i for i, task in enumerate(known)}
+    for row, value in enumerate(dataset[columns["task"]], 1):
+        if str(value) not in index:
+            raise TunesmithError(f'row {row} is of task "{value}", which is not among the {len(index)} tasks of the training data'
+                                 f"{nearest(str(value), index)}")
+    return [index[str(value)] for value in dataset[columns["task"]]]
+
+
 def as_text(value) -> str:
     """A cell as the text a model reads: JSON for objects, `true` for True, `3` for 3.0."""
     if isinstance(value, str):

@@ -20,6 +20,7 @@ class Adapter(nn.Module):
     """A method at one site. Subclass it, create parameters in `__init__`, and override `forward`."""
 
     mergeable = False
+    why_not = "it is not a change of the weights; keep it attached"  # what `merge` says where `mergeable` is False
 
     def forward(self, base: "Base", *args, **kwargs):
         """`base(*args)` is the module as it is below this adapter; `base.W`, `base.b` are its matrix and bias."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TunesmithError
-from .model import adapters, guard_fast_path, record_of, set_trained, state_of
+from .model import by_method, guard_fast_path, record_of, set_trained, state_of
 from .sites import Site
 
 
@@ -39,7 +39,7 @@ def tasks(model: nn.Module, ids: Sequence[int] | Tensor):
     As with `mixed`, inputs may have k·len(ids) rows.
     """
     state = state_of(model)
-    before, state.tasks = state.tasks, torch.as_tensor(ids, dtype=torch.long)
+    before, state.tasks = state.tasks, torch.as_tensor(ids, dtype=torch.long, device="cpu")  # layers read them
     try:
         yield model
     finally:
@@ -50,7 +50,7 @@ def auxiliary_loss(model: nn.Module) -> Tensor | None:
     """The sum of what the active adapters add to the loss after a forward (sparsity, balance of experts), or None."""
     state = state_of(model)
     names = state.active if state.rows is None else dict.fromkeys(name for name in state.rows if name is not None)
-    terms = [state.records[name].config.auxiliary_loss(adapters(model, name)) for name in names]
+    terms = [config.auxiliary_loss(own) for name in names for config, own in by_method(model, name)]
     known = [term for term in terms if term is not None]
     return torch.stack([term.to(known[0].device) for term in known]).sum() if known else None
 

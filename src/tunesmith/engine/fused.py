@@ -58,12 +58,23 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _fast(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return _onednn is not None and a.dtype == b.dtype == torch.float32 and a.is_cpu and b.is_cpu
+    """oneDNN compiles and keeps a kernel for each number of rows, so it gets whole blocks of 256: batches of uneven texts would fill the memory."""
+    return _onednn is not None and len(a) % 256 == 0 and a.dtype == b.dtype == torch.float32 and a.is_cpu and b.is_cpu
 
 
 def _affine(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
     """x Wᵀ + b. oneDNN's float32 product is about a tenth faster than the one behind `mm` on x86."""
     return _onednn(x, W, b, "none", [], "")
+
+
+def _linear(rows: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, training: bool) -> torch.Tensor:
+    """rows Wᵀ + b, (N, out); outside of training as the base computes it, bit for bit."""
+    return (_affine if training and _fast(rows, W) else F.linear)(rows, W, b)
+
+
+def _shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """y (N, out) in the shape of x (..., in), and no view: the caller may change it in place."""
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
 
 def _find_onednn():
@@ -106,19 +117,14 @@ class _LowRankLinear(torch.autograd.Function):
             inner = (rows if x_adapter is None else _rows(x_adapter, dtype)) @ A.T.to(dtype)
             bias = None if b is None or m is not None else b.to(dtype)
             weight = W.to(dtype)
-            if training and _fast(rows, weight):
-                out = _affine(x.to(dtype), weight, bias)
-                y = out.view(-1, W.shape[0])
-            else:  # as the base computes, bit for bit
-                out = x.new_empty(*x.shape[:-1], W.shape[0], dtype=dtype)  # a view could not be changed in place later
-                y = out.view(-1, W.shape[0])
-                torch.mm(rows, weight.T, out=y) if bias is None else torch.addmm(bias, rows, weight.T, out=y)
+            y = _linear(rows, weight, bias, training)
             y.addmm_(inner, B.T.to(dtype), alpha=scale)
             if m is not None:
                 norm = weight_norm(W, A, B, scale) if norm is None else norm
                 y.mul_((m / norm).to(dtype))
                 if b is not None:
                     y.add_(b.to(dtype))
+        out = _shaped(y, x)
         need_W, need_A, need_m = ctx.needs_input_grad[1], ctx.needs_input_grad[3], ctx.needs_input_grad[5]
         ctx.recipe, inputs = recipe
         ctx.scale, ctx.dtype = scale, dtype
@@ -208,12 +214,12 @@ class _MergedLinear(torch.autograd.Function):
         dtype = _compute_dtype(x)
         with _no_autocast(x):
             V, c = merged(W, b)
-            y = F.linear(x.to(dtype), V.to(dtype), None if c is None else c.to(dtype))
+            y = _linear(_rows(x, dtype), V.to(dtype), None if c is None else c.to(dtype), True)
         ctx.recipe, inputs = recipe
         ctx.merged, ctx.dtype, ctx.parameters = merged, dtype, parameters
         ctx.like = x.shape, x.dtype
         ctx.save_for_backward(W, b, *parameters, *inputs)  # the parameters, so that a change in place before backward is noticed
-        return y
+        return _shaped(y, x)
 
     @staticmethod
     def backward(ctx, g):
@@ -264,11 +270,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gb = torch.zeros_like(b) if need_b else None
         with _no_autocast(hidden):
             weight = W.to(dtype)
-            buffer = None if _fast(hidden, weight) else torch.empty(min(chunk, len(hidden)), len(W), dtype=dtype, device=hidden.device)
+            buffer = None
             for start in range(0, len(hidden), chunk):
                 part = slice(start, start + chunk)
                 h, target = hidden[part].to(dtype), labels[part, None]
-                logits = _affine(h, weight, None) if _fast(h, weight) else torch.mm(h, weight.T, out=buffer[: len(h)])
+                if _fast(h, weight):
+                    logits = _affine(h, weight, None)
+                else:
+                    buffer = torch.empty(len(h), len(W), dtype=dtype, device=h.device) if buffer is None else buffer[: len(h)]
+                    logits = torch.mm(h, weight.T, out=buffer)
                 if b is not None:
                     logits.add_(b.to(dtype))
                 p = logits.to(losses.dtype)
@@ -309,3 +319,328 @@ def linear_cross_entropy(hidden, W, labels, bias=None, chunk: int = 256, count=N
         rows, labels = rows.index_select(0, kept), labels[kept]
     count = torch.as_tensor(len(labels) if count is None else count, device=rows.device)
     return _LinearCrossEntropy.apply(rows, W, bias, labels, count, chunk)
+
+
+def _block_sum(x: torch.Tensor, r: int) -> torch.Tensor:
+    """Σ_g x[..., g·r : (g+1)·r], (..., r), the last block filled up with zeros."""
+    whole = x.shape[-1] // r * r
+    total = x[..., :whole].unflatten(-1, (-1, r)).sum(-2)
+    return total if whole == x.shape[-1] else total + F.pad(x[..., whole:], (0, whole + r - x.shape[-1]))
+
+
+def _add_tiled(x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """x (N, in) += h (N, r) repeated along the inputs, in place: the transpose of `_block_sum`."""
+    r = h.shape[1]
+    whole = x.shape[1] // r * r
+    x[:, :whole].unflatten(1, (-1, r)).add_(h[:, None])
+    x[:, whole:].add_(h[:, : x.shape[1] - whole])
+    return x
+
+
+def shared_block(x, D, out: int) -> torch.Tensor:
+    """(Σ_g x_g) D for the r-wide blocks x_g of x (..., in), D (r, m), repeated along the outputs → (..., out)."""
+    return (_block_sum(x, len(D)) @ D.to(x.dtype)).tile(out // D.shape[1])
+
+
+class _BlockSumLinear(torch.autograd.Function):
+    """y = x Wᵀ + b + S D, S (N, r) the sum of x's r-wide blocks, S D (N, m) repeated along the outputs.
+
+    Keeps W, D and S; x (or its recipe) only where W has a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W, b, D, x_adapter, recipe, training):
+        dtype = _compute_dtype(x)
+        with _no_autocast(x):
+            ctx.like = [t if t is None else (t.shape, t.dtype) for t in (x, W, b, D, x_adapter)]
+            ctx.recipe, inputs = recipe
+            ctx.dtype, m = dtype, D.shape[1]
+            rows, weight, bias = _rows(x, dtype), W.to(dtype), None if b is None else b.to(dtype)
+            y = _linear(rows, weight, bias, training)
+            S = _block_sum(rows if x_adapter is None else _rows(x_adapter, dtype), len(D))
+            y.addmm_(S, D.to(dtype)) if m == len(W) else y.unflatten(1, (-1, m)).add_((S @ D.to(dtype))[:, None])
+        ctx.save_for_backward(W, D, S if ctx.needs_input_grad[3] else None, *(inputs if ctx.needs_input_grad[1] else ()))
+        return _shaped(y, x)
+
+    @staticmethod
+    def backward(ctx, g):
+        W, D, S, *inputs = ctx.saved_tensors
+        need_x, need_W, need_b, need_D, need_adapter = ctx.needs_input_grad[:5]
+        dtype, m, split = ctx.dtype, D.shape[1], ctx.like[4] is not None
+        gx = gW = gb = gD = g_adapter = None
+        with _no_autocast(g):
+            g = _rows(g, dtype)
+            shared = g if m == len(W) else g.unflatten(1, (-1, m)).sum(1)
+            if need_b:
+                gb = g.sum(0)
+            if need_D:
+                gD = S.T @ shared
+            if need_adapter or (need_x and not split):
+                g_sum = _product(shared, D.T.to(dtype))
+            if need_x:
+                gx = _product(g, W.to(dtype))
+                if not split:
+                    _add_tiled(gx, g_sum)
+            if need_adapter:
+                g_adapter = _add_tiled(g.new_zeros(len(g), W.shape[1]), g_sum)
+            if need_W:
+                gW = g.T @ _rows(ctx.recipe(*inputs) if ctx.recipe else inputs[0], dtype)
+        grads = gx, gW, gb, gD, g_adapter
+        return *(t if t is None else t.to(like[1]).reshape(like[0]) for t, like in zip(grads, ctx.like, strict=True)), None, None
+
+
+def block_sum_linear(x, W, b, D, x_adapter=None) -> torch.Tensor:
+    """y = x Wᵀ + b + (Σ_g x_g) D for the r-wide blocks x_g of x, or of `x_adapter` (x after dropout) if that is given.
+
+    x (..., in), W (out, in), b (out,) or None, D (r, m) with r ≤ in and m a divisor of out, over which the last term is
+    repeated → (..., out). D may have another dtype than x. Kang & Yin 2024, MiSS, equation 6.
+    """
+    if traced():
+        return F.linear(x, W, b) + shared_block(x if x_adapter is None else x_adapter, D, len(W))
+    return _BlockSumLinear.apply(x, W, b, D, x_adapter, Recipe.of(x), torch.is_grad_enabled())
+
+
+def _gated(h: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """h (N, E·r) with each of its r-wide blocks times its gate, gates (N, E)."""
+    return (h.unflatten(1, (gates.shape[1], -1)) * gates.to(h.dtype)[..., None]).flatten(1)
+
+
+class _RoutedLinear(torch.autograd.Function):
+    """y = x Wᵀ + b + s·((x Aᵀ) ∘ G) Bᵀ and l = x Rᵀ, where each gate of G = gate(l) (N, E) weighs r columns of x Aᵀ.
+
+    Keeps x (or its recipe), W, A, B, R and the (N, E·r + E) product of x with A and R; makes G again in backward.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W, b, A, B, R, x_adapter, gate, scale, recipe, training):
+        dtype = _compute_dtype(x)
+        with _no_autocast(x):
+            rows, weight, bias = _rows(x, dtype), W.to(dtype), None if b is None else b.to(dtype)
+            y = _linear(rows, weight, bias, training)
+            parts = [(rows, torch.cat([A, R]))] if x_adapter is None else [(_rows(x_adapter, dtype), A), (rows, R)]
+            h = torch.cat([part @ factor.T.to(dtype) for part, factor in parts], 1)
+            logits = h[:, len(A) :].clone()
+            y.addmm_(_gated(h[:, : len(A)], gate(logits)), B.T.to(dtype), alpha=scale)
+        ctx.recipe, inputs = recipe
+        ctx.gate, ctx.scale, ctx.dtype = gate, scale, dtype
+        ctx.like = [t if t is None else (t.shape, t.dtype) for t in (x, W, b, A, B, R, x_adapter)]
+        need_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3] or ctx.needs_input_grad[5]
+        ctx.save_for_backward(W, A, B, R, h, x_adapter, *(inputs if need_x else ()))
+        return _shaped(y, x), logits
+
+    @staticmethod
+    def backward(ctx, g, g_logits):
+        W, A, B, R, h, x_adapter, *inputs = ctx.saved_tensors
+        need_x, need_W, need_b, need_A, need_B, need_R, need_adapter = ctx.needs_input_grad[:7]
+        dtype, split = ctx.dtype, x_adapter is not None
+        gx = gW = gb = gA = gB = gR = g_adapter = None
+        with _no_autocast(g):
+            x = _rows(ctx.recipe(*inputs) if ctx.recipe else inputs[0], dtype) if inputs else None
+            g, inner = _rows(g, dtype), h[:, : len(A)]
+            with torch.enable_grad():
+                logits = h[:, len(A) :].detach().requires_grad_()
+                gates = ctx.gate(logits)
+            if need_B:
+                gB = (_gated(inner, gates.detach()).T @ g).mul_(ctx.scale).T
+            g_inner = _product(g, B.to(dtype)).mul_(ctx.scale)
+            g_gates = (g_inner * inner).unflatten(1, (len(R), -1)).sum(-1).to(gates.dtype)
+            g_logits = g_logits + torch.autograd.grad(gates, logits, g_gates)[0]
+            g_inner = _gated(g_inner, gates.detach())
+            down, g_down = (R, g_logits) if split else (torch.cat([A, R]), torch.cat([g_inner, g_logits], 1))
+            if need_A or need_R:
+                gA, gR = (g_inner.T @ _rows(x_adapter, dtype), g_logits.T @ x) if split else (g_down.T @ x).split([len(A), len(R)])
+            if need_x:
+                gx = _product(g, W.to(dtype)).addmm_(g_down, down.to(dtype))
+            if need_adapter:
+                g_adapter = g_inner @ A.to(dtype)
+            if need_W:
+                gW = g.T @ x
+            if need_b:
+                gb = g.sum(0)
+        grads = gx, gW, gb, gA, gB, gR, g_adapter
+        return *(t if t is None else t.to(like[1]).reshape(like[0]) for t, like in zip(grads, ctx.like, strict=True)), None, None, None, None
+
+
+def routed_change(x, A, B, R, gate, scale: float, x_adapter=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale·((x Aᵀ) ∘ gate(l)) Bᵀ, l = x Rᵀ as rows (N, E)): what `routed_linear` adds to x Wᵀ + b, as a plain expression."""
+    logits = F.linear(x, R.to(x.dtype)).flatten(0, -2)
+    inner = F.linear(x if x_adapter is None else x_adapter, A.to(x.dtype))
+    h = _gated(inner.flatten(0, -2), gate(logits))
+    return (F.linear(h, B.to(h.dtype)) * scale).unflatten(0, x.shape[:-1]), logits
+
+
+def routed_linear(x, W, b, A, B, R, gate, scale: float, x_adapter=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """y = x Wᵀ + b + scale·Σ_e G_e·(x A_eᵀ) B_eᵀ with G = gate(l), and the logits l = x Rᵀ, as rows (N, E).
+
+    x (..., in), W (out, in), b (out,) or None; A (E·r, in), B (out, E·r) and R (E, in) may have another dtype than x.
+    `gate` maps logits (N, E) to gates (N, E) and is called again in backward. The experts read `x_adapter` (x after
+    dropout) if that is given, the router always x. All experts are computed in one product, whatever the gates: for
+    the E·r of a mixture of LoRA experts that costs less than moving tokens to the chosen experts and back.
+    """
+    if traced():
+        change, logits = routed_change(x, A, B, R, gate, scale, x_adapter)
+        return F.linear(x, W, b) + change, logits
+    return _RoutedLinear.apply(x, W, b, A, B, R, x_adapter, gate, scale, Recipe.of(x), torch.is_grad_enabled())
+
+
+class _GroupedLowRankLinear(torch.autograd.Function):
+    """y_i = x_i Wᵀ + b + s·(x_i A_iᵀ) B_iᵀ for x_i the i-th of g equal parts of the rows.
+
+    Keeps x (or its recipe), W, A, B and the (N, r) products x_i A_iᵀ.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W, b, A, B, scale, recipe, training):
+        dtype = _compute_dtype(x)
+        with _no_autocast(x):
+            rows, weight, bias = _rows(x, dtype), W.to(dtype), None if b is None else b.to(dtype)
+            y = _linear(rows, weight, bias, training)
+            inner = rows.unflatten(0, (len(A), -1)) @ A.mT.to(dtype)  # (g, n, r)
+            y.unflatten(0, (len(A), -1)).baddbmm_(inner, B.mT.to(dtype), alpha=scale)
+        ctx.recipe, inputs = recipe
+        ctx.scale, ctx.dtype = scale, dtype
+        ctx.like = [t if t is None else (t.shape, t.dtype) for t in (x, W, b, A, B)]
+        ctx.save_for_backward(W, A, B, inner, *(inputs if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else ()))
+        return _shaped(y, x)
+
+    @staticmethod
+    def backward(ctx, g):
+        W, A, B, inner, *inputs = ctx.saved_tensors
+        need_x, need_W, need_b, need_A, need_B = ctx.needs_input_grad[:5]
+        dtype, groups = ctx.dtype, (len(A), -1)
+        gx = gW = gb = gA = gB = None
+        with _no_autocast(g):
+            x = _rows(ctx.recipe(*inputs) if ctx.recipe else inputs[0], dtype) if inputs else None
+            g = _rows(g, dtype)
+            parts = g.unflatten(0, groups)
+            if need_B:
+                gB = (inner.mT @ parts).mul_(ctx.scale).mT
+            if need_A or need_x:
+                g_inner = (parts @ B.to(dtype)).mul_(ctx.scale)
+            if need_A:
+                gA = g_inner.mT @ x.unflatten(0, groups)
+            if need_x:
+                gx = _product(g, W.to(dtype))
+                gx.unflatten(0, groups).baddbmm_(g_inner, A.to(dtype))
+            if need_W:
+                gW = g.T @ x
+            if need_b:
+                gb = g.sum(0)
+        grads = gx, gW, gb, gA, gB
+        return *(t if t is None else t.to(like[1]).reshape(like[0]) for t, like in zip(grads, ctx.like, strict=True)), None, None, None
+
+
+def grouped_change(x, A, B, scale: float) -> torch.Tensor:
+    """scale·(x_i A_iᵀ) B_iᵀ: what `grouped_lowrank_linear` adds to x Wᵀ + b, as a plain expression."""
+    parts = x.reshape(len(A), -1, x.shape[-1])
+    return ((parts @ A.mT.to(x.dtype)) @ B.mT.to(x.dtype) * scale).reshape(*x.shape[:-1], B.shape[1])
+
+
+def grouped_lowrank_linear(x, W, b, A, B, scale: float) -> torch.Tensor:
+    """y = x Wᵀ + b + scale·(x A_iᵀ) B_iᵀ, where the i-th of g equal parts of x's first dimension has its own factors.
+
+    x (rows, ..., in) with g a divisor of rows, W (out, in), b (out,) or None, A (g, r, in), B (g, out, r) → (rows, ..., out).
+    """
+    if traced():
+        return F.linear(x, W, b) + grouped_change(x, A, B, scale)
+    return _GroupedLowRankLinear.apply(x, W, b, A, B, scale, Recipe.of(x), torch.is_grad_enabled())
+
+
+def _halved(frequency: torch.Tensor, size: int):
+    """Of a real signal −f says what f does: (|f|, the sign of f, 1 where f is its own negative and ½ elsewhere)."""
+    opposite = size - frequency
+    return torch.minimum(frequency, opposite), torch.where(opposite < frequency, -1, 1), torch.where(2 * frequency % size == 0, 1.0, 0.5)
+
+
+def _halves(x: torch.Tensor) -> torch.Tensor:
+    """The real and imaginary parts of the half spectrum of each row, (size // 2 + 1, 2, N)."""
+    return torch.view_as_real(torch.fft.rfft(x)).movedim(0, -1).contiguous()
+
+
+def _spectral(x, c, rows, columns, out: int, scale: float):
+    """`spectral_linear` of x (N, in): the sparse matrix between two transforms of vectors, (N, out)."""
+    (row, row_sign, share), (column, column_sign, _) = _halved(rows, out), _halved(columns, x.shape[1])
+    imaginary = torch.where(share == 1, 0, -share * row_sign * column_sign)  # sin is 0 where a frequency is its own negative
+    weights = c[:, None] * torch.stack([share, imaginary], 1).to(c.dtype)
+    X = _halves(x)
+    Y = X.new_zeros(out // 2 + 1, 2, len(x)).index_add(0, row, X.index_select(0, column) * weights[..., None])
+    return torch.fft.irfft(torch.view_as_complex(Y.movedim(-1, 0).contiguous()), n=out) * (scale / x.shape[1])
+
+
+class _SpectralLinear(torch.autograd.Function):
+    """Keeps x (or its recipe) and c; the change of the weight is not formed, in backward neither."""
+
+    @staticmethod
+    def forward(ctx, x, c, rows, columns, out, scale, recipe):
+        ctx.dtype = torch.promote_types(_compute_dtype(x), torch.float32)  # transforms know no bfloat16
+        with _no_autocast(x):
+            y = _spectral(_rows(x, ctx.dtype), c.to(ctx.dtype), rows, columns, out, scale)
+        ctx.recipe, inputs = recipe
+        ctx.out, ctx.scale, ctx.like = out, scale, (x.shape, x.dtype)
+        ctx.save_for_backward(c, rows, columns, *(inputs if ctx.needs_input_grad[1] else ()))
+        return y.to(_compute_dtype(x)).reshape(*x.shape[:-1], out)
+
+    @staticmethod
+    def backward(ctx, g):
+        c, rows, columns, *inputs = ctx.saved_tensors
+        (*_, size), dtype = ctx.like
+        gx = gc = None
+        with _no_autocast(g):
+            g = _rows(g, ctx.dtype)
+            if ctx.needs_input_grad[0]:
+                gx = _spectral(g, c.to(ctx.dtype), columns, rows, size, ctx.scale).to(dtype).reshape(ctx.like[0])
+            if ctx.needs_input_grad[1]:
+                x = _rows(ctx.recipe(*inputs) if ctx.recipe else inputs[0], ctx.dtype)
+                (row, row_sign, _), (column, column_sign, _) = _halved(rows, ctx.out), _halved(columns, size)
+                products = (_halves(x).index_select(0, column) * _halves(g).index_select(0, row)).sum(-1)
+                gc = (products[:, 0] - row_sign * column_sign * products[:, 1]).mul_(ctx.scale / (ctx.out * size)).to(c.dtype)
+        return gx, gc, None, None, None, None, None
+
+
+def spectral_linear(x, c, rows, columns, out: int, scale: float) -> torch.Tensor:
+    """y = scale·Re(ifft2 F) x, where F (out, in) is zero but for F[rows, columns] = c.
+
+    x (..., in), c, rows and columns (n,) → (..., out). The transform over both axes is one of x and one of y with F
+    between them, 2.5·(in log₂ in + out log₂ out) + 4n operations for a row of x. Gao et al. 2024, FourierFT, equations 2–4.
+    """
+    if traced():
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        y = _spectral(x.reshape(-1, x.shape[-1]).to(dtype), c.to(dtype), rows, columns, out, scale)
+        return y.to(x.dtype).reshape(*x.shape[:-1], out)
+    return _SpectralLinear.apply(x, c, rows, columns, out, scale, Recipe.of(x))
+
+
+class _Remade(torch.autograd.Function):
+    """y = make(x). Keeps x (or its recipe); makes everything between x and y again in backward."""
+
+    @staticmethod
+    def forward(ctx, x, make, recipe, *parameters):
+        dtype = _compute_dtype(x)
+        with _no_autocast(x):
+            y = make(x.to(dtype))
+        ctx.recipe, inputs = recipe
+        ctx.make, ctx.dtype, ctx.parameters = make, dtype, parameters
+        ctx.like = x.dtype
+        ctx.save_for_backward(*parameters, *inputs)  # the parameters, so that a change in place before backward is noticed
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        inputs = ctx.saved_tensors[len(ctx.parameters) :]
+        need_x = ctx.needs_input_grad[0]
+        with _no_autocast(g), torch.enable_grad():
+            x = (ctx.recipe(*inputs) if ctx.recipe else inputs[0]).detach().to(ctx.dtype).requires_grad_(need_x)
+            wanted = [p for p, need in zip(ctx.parameters, ctx.needs_input_grad[3:], strict=True) if need] + [x] * need_x
+            found = iter(torch.autograd.grad(ctx.make(x), wanted, g, allow_unused=True))
+        grads = [next(found) if need else None for need in ctx.needs_input_grad[3:]]
+        return next(found).to(ctx.like) if need_x else None, None, None, *grads
+
+
+def remade(x, make, parameters) -> torch.Tensor:
+    """make(x), a function of `parameters` too, for what is larger in between than at its ends.
+
+    `make` is called again in backward: it must not draw numbers.
+    """
+    if traced() or not torch.is_grad_enabled():
+        return make(x)
+    return _Remade.apply(x, make, Recipe.of(x), *parameters)

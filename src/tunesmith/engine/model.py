@@ -60,6 +60,15 @@ def adapters(model: nn.Module, name: str) -> dict[str, Adapter]:
     return {path: hub.adapters[name] for path, hub in hubs(model).items() if name in hub.adapters}
 
 
+def by_method(model: nn.Module, name: str) -> list[tuple[Any, dict[str, Adapter]]]:
+    """(config, its modules by site path) of each method in one named adapter: most often one, more with per-pattern methods."""
+    record, groups = record_of(model, name), {}
+    for path, adapter in adapters(model, name).items():
+        if path in record.sites:
+            groups.setdefault(record.sites[path].method, {})[path] = adapter
+    return [(record.config if method == record.config.method else record.sites[next(iter(own))], own) for method, own in groups.items()]
+
+
 def attach(model: nn.Module, name: str, record: Record, built: dict[str, tuple[Site, Adapter]]) -> None:
     """Put built adapters into the model under a name, and make that name the only active one.
 
@@ -189,7 +198,7 @@ def merge(model: nn.Module, unload: bool = False) -> nn.Module:
             if name in hub.adapters:
                 if not hub.adapters[name].mergeable:
                     method = state.records[name].config.method
-                    raise TunesmithError(f"adapter {name!r} ({method}) cannot be merged: at {path!r} it is not a change of the weights; keep it attached")
+                    raise TunesmithError(f"adapter {name!r} ({method}) cannot be merged: at {path!r} {hub.adapters[name].why_not}")
                 values = fold(hub.adapters[name], hub.site, values, state.active[name])
         if changed := {n: v for n, v in values.items() if v is not hub.site.values[n]}:
             todo.append((hub, changed))

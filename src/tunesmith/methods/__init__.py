@@ -4,14 +4,25 @@ import sys
 from dataclasses import dataclass
 from types import ModuleType
 
+from .adalora import AdaLoRA, ranks
+from .bone import Bat, Bone, MiSS
 from .dora import DoRA
+from .fourierft import FourierFT
 from .full import BitFit, Full, LinearProbe, LNTuning
+from .hut import HUT
 from .ia3 import IA3
 from .lora import LoRA, PiSSA, RSLoRA
 from .method import Method, adapt, parse, registry
+from .mhr import MHR, Poly, few_shot
+from .mola import MoLA
 from .prefix_tuning import PrefixTuning
 from .prompt_tuning import PromptTuning
+from .s2_lora import S2LoRA
 from .series_adapter import SeriesAdapter
+from .soka import SoKA
+from .transformed_lora import TransformedLoRA
+from .vera import VeRA
+from .wara import WaRA
 
 
 @dataclass(frozen=True)

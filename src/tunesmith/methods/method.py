@@ -18,6 +18,7 @@ registry: dict[str, type["Method"]] = {}
 
 Rank = Annotated[int, Field(ge=1, le=65536)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]  # what torch's generators take
 
 
 class Method(BaseModel):
@@ -98,6 +99,10 @@ class Method(BaseModel):
         """Whether the adapters are built from the base's gradients on some data (`site.gradient`)."""
         return False
 
+    def for_tasks(self, count: int) -> "Method":
+        """The config for data whose rows are of `count` tasks, 0 where they name none; methods that route by task take it over."""
+        return self
+
     def auxiliary_loss(self, adapters: dict[str, Adapter]) -> torch.Tensor | None:
         """What is added to the loss of the step whose forward has just run."""
         return None
@@ -121,12 +126,19 @@ class Method(BaseModel):
 
     @classmethod
     def from_peft(cls, fields: dict, model: nn.Module, found: dict[str, torch.Tensor]) -> tuple["Method", dict[str, dict]]:
-        """(config, overrides by site path) of a peft config and its tensors by `module path.tensor`."""
+        """(config, overrides by site path) of a peft config and its tensors by `module path.tensor`.
+
+        Tensors of no module, which keep their whole key, are to be taken out of `found`.
+        """
         raise TypeError(f"{cls.__name__} reads no peft files")
 
     def peft_tensors(self, site: Site, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """peft's names and shapes for an adapter's tensors."""
         return own
+
+    def peft_shared(self, adapters: dict[str, Adapter]) -> dict[str, torch.Tensor]:
+        """What peft holds once for all sites, by its whole key in the file."""
+        return {}
 
     def own_tensors(self, site: Site, theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The inverse of `peft_tensors`."""

@@ -43,6 +43,7 @@ def save_peft(model: nn.Module, folder: str | Path, name: str) -> None:
             continue
         theirs = record.sites[path].peft_tensors(_site_at(root, path), own)
         values |= {f"{prefix}{path}.{key}": t for key, t in theirs.items()} if record.config.peft_by_site else theirs
+    values |= {key: t.detach().cpu() for key, t in record.config.peft_shared({path: attached[path] for path in record.sites}).items()}
     task = next((t for end, t in TASKS.items() if type(root).__name__.endswith(end)), None)
     if fused := [path for path, config in record.sites.items() if config.peft_by_site and _site_at(root, path).kind == "attention"]:
         raise TunesmithError(f"the peft format cannot hold the adapter at {fused[0]!r}, a projection inside nn.MultiheadAttention; save it with format='tunesmith'")
@@ -90,13 +91,14 @@ def load_peft(model: nn.Module, folder: str | Path, name: str) -> None:
     for path in configs:
         by_path.setdefault(path, _site_at(root, path))
     built = build(config, root, configs, by_path, tied=False)
-    own, plain = {}, dict(found)
+    own, plain, seen = {}, dict(found), set()
     for path in configs:
         (site, adapter), start = built[path], f"{path}." if cls.peft_by_site else ""
         mine = {key: t for key, t in found.items() if (key.startswith(start) if start else "." not in key)}
         plain = {key: t for key, t in plain.items() if key not in mine}
-        named = configs[path].own_tensors(site, {key[len(start) :]: t for key, t in mine.items()})
-        named |= {key: t for key, t in dict(adapter.named_buffers()).items() if key not in named}  # what peft computes anew at loading
+        anew = {key: t for key, t in tensors(adapter).items() if not isinstance(t, nn.Parameter) and id(t) not in seen}  # by peft, at loading
+        seen |= {id(t) for t in anew.values()}
+        named = anew | configs[path].own_tensors(site, {key[len(start) :]: t for key, t in mine.items()})
         own |= {f"{path}.{key}".lstrip("."): t for key, t in named.items()}
     # Whole modules that peft saved though its config does not name them, as it does with resized embeddings.
     more = sorted({path for path in (key.rpartition(".")[0] for key in plain) if path in by_path and path not in built})

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ..engine.model import adapters, state_of
+from ..engine.model import adapters, by_method, state_of
 from ..errors import TunesmithError, nearest
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW}
@@ -19,13 +19,12 @@ def build(model: nn.Module, name: str = "adamw", lr: float = 1e-3, weight_decay:
         raise TunesmithError(f"unknown optimizer {name!r}{nearest(name, OPTIMIZERS) or '; there are ' + ', '.join(OPTIMIZERS)}")
     groups, seen = [], set()
     for adapter, record in state_of(model).records.items():
-        attached = adapters(model, adapter)
-        own = {path: module for path, module in attached.items() if path in record.sites}
-        heads = [p for path, module in attached.items() if path not in record.sites for p in module.parameters() if p.requires_grad]
-        for group in [*record.config.param_groups(own, lr), {"params": heads, "lr": head_lr or lr}]:
+        heads = [p for path, module in adapters(model, adapter).items() if path not in record.sites for p in module.parameters() if p.requires_grad]
+        grouped = [group for config, own in by_method(model, adapter) for group in config.param_groups(own, lr)]
+        for group in [*grouped, {"params": heads, "lr": head_lr or lr}]:
             new = [p for p in group["params"] if id(p) not in seen]
             seen |= {id(p) for p in new}
             for params, decay in (([p for p in new if p.dim() > 1], weight_decay), ([p for p in new if p.dim() < 2], 0.0)):
                 if params:
-                    groups.append(group | {"params": params, "weight_decay": decay})
+                    groups.append({"weight_decay": decay} | group | {"params": params})
     return OPTIMIZERS[name](groups, lr=lr, weight_decay=weight_decay, **options)

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ..engine.model import adapters, state_of
+from ..engine.model import by_method, state_of
 
 
 class Stages:
@@ -25,6 +25,5 @@ class Stages:
 
 def stages(model: nn.Module, total_steps: int) -> Stages:
     """What the active adapters' methods change over `total_steps` optimiser steps; does nothing where they change nothing."""
-    state = state_of(model)
-    parts = {name: state.records[name].config.stage(adapters(model, name), total_steps) for name in state.active}
+    parts = {f"{name} {config.method}": config.stage(own, total_steps) for name in state_of(model).active for config, own in by_method(model, name)}
     return Stages({name: part for name, part in parts.items() if part is not None})

@@ -1,7 +1,7 @@
 """Scoring a model on a task: the numbers, and every answer beside the expected one."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,12 +9,13 @@ from torch import Tensor
 
 from ..data import by_length, collate, sample, tasks
 from ..data.batching import IGNORE
-from ..data.columns import as_text
+from ..data.columns import as_text, task_ids
 from ..data.extract import same_answer
 from ..data.metrics import accuracy, json_scores, macro_f1
 from ..data.tasks.prompts import prompt
 from ..errors import TunesmithError
 from ..models import encode_prompt, evaluating, generate
+from .taskdata import in_tasks, with_tasks
 
 LOGITS = 2**26
 """Largest number of logits held at once (256 MB in float32)."""
@@ -33,7 +34,8 @@ class Evaluation:
 
 def evaluate(model, tokenizer, task, dataset, columns: dict[str, str], labels: list[str] | None = None,
              batch_size: int = 32, max_new_tokens: int | None = None, limit: int | None = None,
-             progress: Progress | None = None, max_length: int = 512, answers: int = 64) -> Evaluation:
+             progress: Progress | None = None, max_length: int = 512, answers: int = 64,
+             task_names: list[str] | None = None) -> Evaluation:
     """Score `model` on at most `limit` evenly spread rows of `dataset`; `task` is a task or its name.
 
     classification: accuracy, macro_f1, loss. choice: accuracy by summed log-probability, accuracy_norm by the mean
@@ -42,6 +44,7 @@ def evaluate(model, tokenizer, task, dataset, columns: dict[str, str], labels: l
     the answers are JSON objects) of the answers generated for at most `answers` rows, the only ones in `predictions`.
 
     Deterministic; runs without gradients and restores training flags. `progress(done, total)` counts rows.
+    `task_names` are the training data's tasks, for rows whose column of the role `task` names one of them.
     """
     task = tasks.get(task) if isinstance(task, str) else task
     rows = sample(dataset, limit)
@@ -50,7 +53,7 @@ def evaluate(model, tokenizer, task, dataset, columns: dict[str, str], labels: l
     with evaluating(model):
         return SCORERS[task.name](model, tokenizer, task, rows, columns, labels=labels, batch_size=batch_size,
                                   max_new_tokens=max_new_tokens or MAX_NEW_TOKENS.get(task.name, 0),
-                                  progress=progress, max_length=max_length, answers=answers)
+                                  progress=progress, max_length=max_length, answers=answers, task_names=task_names)
 
 
 def _forward(model, examples: list[dict], pad_id: int, batch_size: int, max_tokens: int | None,
@@ -62,7 +65,8 @@ def _forward(model, examples: list[dict], pad_id: int, batch_size: int, max_toke
     done = 0
     for indices in by_length(lengths, order, batch_size, max_tokens):
         batch = {name: t.to(device) for name, t in collate([examples[i] for i in indices], pad_id).items()}
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        with in_tasks(model, batch.get("task_ids")):
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         yield indices, batch, logits.float()
         done += len(indices)
         if progress:
@@ -80,9 +84,9 @@ def _pad(tokenizer) -> int:
     return tokenizer.pad_token_id or 0
 
 
-def _classification(model, tokenizer, task, rows, columns, labels, batch_size, progress, max_length, **_) -> Evaluation:
+def _classification(model, tokenizer, task, rows, columns, labels, batch_size, progress, max_length, task_names, **_) -> Evaluation:
     labels = labels or [model.config.id2label[i] for i in range(model.config.num_labels)]
-    examples = task.encode(rows, columns, tokenizer, labels, max_length)
+    examples = with_tasks(task.encode(rows, columns, tokenizer, labels, max_length), task_ids(rows, columns, task_names))
     predicted = [0] * len(examples)
     loss = 0.0
     for indices, batch, logits in _forward(model, examples, _pad(tokenizer), batch_size, None, progress):
@@ -114,12 +118,13 @@ def _lm(model, tokenizer, task, rows, columns, batch_size, progress, max_length,
     return Evaluation(_loss(model, tokenizer, examples, batch_size, progress), [])
 
 
-def _sft(model, tokenizer, task, rows, columns, batch_size, max_new_tokens, progress, max_length, answers, **_) -> Evaluation:
-    examples = task.encode(rows, columns, tokenizer, None, max_length)
+def _sft(model, tokenizer, task, rows, columns, batch_size, max_new_tokens, progress, max_length, answers, task_names, **_) -> Evaluation:
+    examples = with_tasks(task.encode(rows, columns, tokenizer, None, max_length), task_ids(rows, columns, task_names))
     metrics = _loss(model, tokenizer, examples, batch_size, progress)
-    conversations = task.conversations(sample(rows, answers), columns) if answers else []
+    few = sample(rows, answers) if answers else rows.select([])
+    conversations = task.conversations(few, columns)
     asked = [prompt(tokenizer, turns[:-1], task.style(tokenizer)) for turns in conversations]
-    written = _written(model, tokenizer, asked, max_new_tokens, batch_size, max_length)
+    written = _written(model, tokenizer, asked, max_new_tokens, batch_size, max_length, ids=task_ids(few, columns, task_names))
     expected = [turns[-1]["content"].strip() for turns in conversations]
     predictions = [{"input": turns[-2]["content"] if len(turns) > 1 else "", "expected": e, "predicted": p, "correct": same_answer(e, p)}
                    for turns, e, p in zip(conversations, expected, written, strict=True)]
@@ -129,11 +134,24 @@ def _sft(model, tokenizer, task, rows, columns, batch_size, max_new_tokens, prog
     return Evaluation(metrics, predictions)
 
 
-def _written(model, tokenizer, prompts: list[str], max_new_tokens, batch_size, max_length, progress=None, num_beams=1):
+def _written(model, tokenizer, prompts: list[str], max_new_tokens, batch_size, max_length, progress=None, num_beams=1, ids=None):
     # as in training, a prompt that is too long keeps its end
-    ids = [encode_prompt(tokenizer, text)[-max_length:] for text in prompts]
-    return [text.strip() for text in generate(model, tokenizer, ids, max_new_tokens, batch_size, progress=progress,
-                                              num_beams=num_beams)]
+    encoded = [encode_prompt(tokenizer, text)[-max_length:] for text in prompts]
+    return [text.strip() for text in generate_in_tasks(model, tokenizer, encoded, ids, max_new_tokens, batch_size, progress=progress,
+                                                       num_beams=num_beams)]
+
+
+def generate_in_tasks(model, tokenizer, prompts: Sequence[str | list[int]], ids: list[int] | None, *options, **more) -> list[str]:
+    """`models.generate`, the prompts of each task together."""
+    if ids is None:
+        return generate(model, tokenizer, prompts, *options, **more)
+    written = [""] * len(prompts)
+    for task in sorted(set(ids)):
+        places = [i for i, other in enumerate(ids) if other == task]
+        with in_tasks(model, [task]):
+            for i, text in zip(places, generate(model, tokenizer, [prompts[i] for i in places], *options, **more), strict=True):
+                written[i] = text
+    return written
 
 
 def _math(model, tokenizer, task, rows, columns, batch_size, max_new_tokens, progress, max_length, **_) -> Evaluation:

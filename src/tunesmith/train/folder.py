@@ -107,6 +107,7 @@ class Run:
     labels: list[str] | None
     model: Any
     tokenizer: Any
+    task_names: list[str] | None = None  # where the training data said which task a row is of
 
 
 def is_run(folder: str | Path) -> bool:
@@ -133,6 +134,7 @@ def open_run(folder: str | Path, adapter: bool = True, device: str | None = None
     try:
         about = json.loads((folder / "data.json").read_text())
         task, columns, labels = task_of(about["task"], recipe.task_options), about["columns"], about["labels"]
+        task_names = about.get("tasks")
     except (OSError, ValueError, KeyError) as error:
         raise TunesmithError(f"{folder}/data.json is missing or damaged; train the run anew (--overwrite)") from error
     if adapter and not (folder / "adapter").is_dir():
@@ -141,7 +143,7 @@ def open_run(folder: str | Path, adapter: bool = True, device: str | None = None
     if adapter:
         ts.load(model, folder / "adapter")
     model.to(pick_device(device or recipe.device)).eval()
-    return Run(folder, recipe, task, columns, labels, model, tokenizer)
+    return Run(folder, recipe, task, columns, labels, model, tokenizer, task_names)
 
 
 def pick_device(name: str):

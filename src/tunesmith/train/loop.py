@@ -20,6 +20,7 @@ from torch import nn
 import tunesmith as ts
 
 from .. import data, models, optim
+from ..data import columns as cols
 from ..data import tasks
 from ..errors import TunesmithError
 from ..methods import parse
@@ -30,7 +31,7 @@ from .metrics import Metrics
 from .prepare import assert_learning, prepare, with_head
 from .recipe import Recipe
 from .step import loss_of, predicted, processes, reduced, schedule, seed, sum_gradients, to
-from .taskdata import check_labels, columns_of, task_of
+from .taskdata import check_known, columns_of, in_tasks, task_of, with_tasks
 
 CHECKPOINT_S = 60.0
 
@@ -69,7 +70,7 @@ def _run(recipe, progress, resume, overwrite):
     rows = data.load(recipe.data, recipe.split, recipe.limit)
     task = task_of(recipe.task or tasks.guess(rows), recipe.task_options)
     columns = task.columns(rows, recipe.columns)
-    labels = task.labels(rows, columns)
+    labels, task_names = task.labels(rows, columns), cols.task_names(rows, columns)
     train, held = rows, None
     if recipe.eval:
         held = data.load(recipe.eval, recipe.eval_split, recipe.eval_limit)
@@ -86,7 +87,7 @@ def _run(recipe, progress, resume, overwrite):
     tell({"event": "note", "text": f"task {task.name}: " + ", ".join(f"{role} from column {column!r}" for role, column in columns.items())})
     tell({"event": "note", "text": f"{len(train):,} rows to train on, {len(held) if held is not None else 0:,} to evaluate on"})
 
-    method = parse(recipe.method)
+    method = parse(recipe.method).for_tasks(len(task_names or ()))
     recipe = recipe.model_copy(
         update={
             "task": task.name,
@@ -113,12 +114,14 @@ def _run(recipe, progress, resume, overwrite):
     model, tokenizer = models.load(recipe.model, task.name, labels, recipe.dtype, recipe.seed)
     model.to(device)
     for source, other, found in scored.values():
-        if source and labels:
-            check_labels(source, other, found, task, tokenizer, labels)
-    examples = task.encode(train, columns, tokenizer, labels, recipe.max_length)
+        if source:
+            check_known(source, other, found, task, tokenizer, labels, task_names)
+    examples = with_tasks(task.encode(train, columns, tokenizer, labels, recipe.max_length), cols.task_ids(train, columns, task_names))
     if recipe.packing:
         if task.name != "sft":
             raise TunesmithError(f"packing is for task sft, not {task.name}; set packing=false")
+        if task_names:
+            raise TunesmithError("packing lays examples of several tasks into one row, which can be of one task only; set packing=false")
         examples = data.pack(examples, recipe.max_length)
     pad_id = tokenizer.pad_token_id or 0
     share = recipe.accumulate * world
@@ -139,11 +142,21 @@ def _run(recipe, progress, resume, overwrite):
 
     def score(name: str):
         _, rows, found = scored[name]
-        return evaluate(model, tokenizer, task, rows, found, labels, recipe.eval_batch_size, recipe.max_new_tokens, None, watch, recipe.max_length)
+        return evaluate(model, tokenizer, task, rows, found, labels, recipe.eval_batch_size, recipe.max_new_tokens, None, watch, recipe.max_length, task_names=task_names)
+
+    def inputs_of(batch: list[int]) -> dict[str, torch.Tensor]:
+        return to(data.collate([examples[i] for i in batch], pad_id, "right", model.dtype), device)
+
+    def calibrate(model: nn.Module):
+        """The gradient of the mean loss over the first batches, the same ones in every process."""
+        first = batches(0)[: recipe.calibration_batches]
+        count = max(sum(predicted(inputs_of(batch)["labels"]) for batch in first), 1)
+        for batch in first:
+            loss_of(model, inputs_of(batch), task, count).backward()
 
     # The adapter and its optimiser.
     seed(recipe.seed, "adapter")
-    ts.adapt(model, with_head(method, model) if task.name == "classification" else method)
+    ts.adapt(model, with_head(method, model) if task.name == "classification" else method, calibrate=calibrate)
     prepare(model, recipe.gradient_checkpointing)
     parameters = ts.trainable(model)
     optimizer = optim.build(model, recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay, head_lr=recipe.head_lr, betas=recipe.betas)
@@ -158,7 +171,7 @@ def _run(recipe, progress, resume, overwrite):
     go_on = resume and state_file.exists()
     if rank == 0:
         counts = {"rows": len(rows), "train_rows": len(train), "eval_rows": len(held) if held is not None else 0}
-        about = {"source": recipe.data, "task": task.name, **counts, "columns": columns, "labels": labels}
+        about = {"source": recipe.data, "task": task.name, **counts, "columns": columns, "labels": labels, "tasks": task_names}
         run_folder.start(folder, recipe, about | {"fingerprint": data.fingerprint(rows)}, overwrite)
     state = checkpoint.read(state_file, parameters, optimizer, stages) if go_on else checkpoint.Progress()
     if recipe.baseline and rank == 0 and not go_on:
@@ -181,7 +194,7 @@ def _run(recipe, progress, resume, overwrite):
         step_began = time.monotonic()
         epoch, index = divmod(state.step, per_epoch)
         mine = batches(epoch)[index * share : (index + 1) * share][rank::world]
-        inputs = [to(data.collate([examples[i] for i in batch], pad_id, "right", model.dtype), device) for batch in mine]
+        inputs = [inputs_of(batch) for batch in mine]
         count = reduced(sum(predicted(batch["labels"]) for batch in inputs), device, world)
         rate = schedule(state.step, total, recipe.warmup, recipe.schedule)
         for group, peak in zip(optimizer.param_groups, peak_rates, strict=True):
@@ -189,11 +202,12 @@ def _run(recipe, progress, resume, overwrite):
         seed(recipe.seed, "step", state.step, rank)
         loss = 0.0
         for batch in inputs:
-            part = loss_of(model, batch, task, max(count, 1))
-            loss += part.item()
-            if (extra := ts.auxiliary_loss(model)) is not None:
-                part = part + extra / (len(inputs) * world)
-            part.backward()
+            with in_tasks(model, batch.get("task_ids")):
+                part = loss_of(model, batch, task, max(count, 1))
+                loss += part.item()
+                if (extra := ts.auxiliary_loss(model)) is not None:
+                    part = part + extra / (len(inputs) * world)
+                part.backward()
         loss = reduced(loss, device, world)
         if state.step == 0 and rank == 0 and math.isfinite(loss) and (warning := assert_learning(model)):
             tell({"event": "note", "text": warning})
@@ -220,7 +234,7 @@ def _run(recipe, progress, resume, overwrite):
         tell({"event": "step", **place, "loss": loss, "tokens_per_s": state.tokens / state.lap_s, "peak_mb": state.peak_mb})
         end_of_epoch = state.step % per_epoch == 0
         if state.step == 1 or state.step % recipe.log_every == 0 or state.step == total:
-            line = place | {"loss": state.loss_sum / state.loss_count, "lr": recipe.lr * rate, "tokens_per_s": state.tokens / state.lap_s}
+            line = place | {"loss": state.loss_sum / state.loss_count, "grad_norm": norm.item(), "lr": recipe.lr * rate, "tokens_per_s": state.tokens / state.lap_s}
             line |= {"time_s": state.time_s, "peak_mb": state.peak_mb}
             state.loss_sum, state.loss_count, state.tokens, state.lap_s = 0.0, 0, 0, 0.0
             if log:

@@ -23,7 +23,7 @@ class Recipe(BaseModel):
     eval: str | None = Field(None, description="data that chooses the best checkpoint; default: a part held out of `data`")
     test: str | None = Field(None, description="data scored once, at the end, with the kept adapter")
     task: Literal["classification", "sft", "choice", "math", "lm"] | None = Field(None, description="guessed from the columns when absent")
-    columns: dict[str, str] = Field({}, description="role: column, e.g. {text: utterance, label: intent}; guessed when obvious")
+    columns: dict[str, str] = Field({}, description="role: column, e.g. {text: utterance, label: intent}; guessed when obvious. {task: desk} says which task a row is of, for methods that route by task")
     task_options: dict[str, Any] = Field({}, description="of the task, e.g. {prompt: alpaca} for sft, choice and math")
     split: str = Field("train", description="split of a hub data set to train on")
     eval_split: str = Field("test", description="split of a hub data set to evaluate and test on")
@@ -38,6 +38,7 @@ class Recipe(BaseModel):
     batch_size: Positive = 16
     accumulate: Positive = Field(1, description="batches per optimiser step")
     max_length: Annotated[int, Field(ge=2)] = Field(512, description="tokens per example; longer ones are cut")
+    calibration_batches: Positive = Field(8, description="batches whose gradient a method starts from, if it does (init: gradient)")
     packing: bool = Field(False, description="sft: several examples per row, each seeing only itself")
 
     optimizer: str = "adamw"

@@ -51,8 +51,11 @@ def schedule(step: int, total: int, warmup: float, shape: str) -> float:
 
 
 def loss_of(model: nn.Module, batch: dict[str, Tensor], task, count: int) -> Tensor:
-    """Summed loss of a batch over `count`: of its rows (labels (b,)), or of its predicted tokens (labels (b, t))."""
-    batch = dict(batch)
+    """Summed loss of a batch over `count`: of its rows (labels (b,)), or of its predicted tokens (labels (b, t)).
+
+    A batch with `task_ids` is for `in_tasks`, which the backward needs too where it computes activations anew.
+    """
+    batch = {name: tensor for name, tensor in batch.items() if name != "task_ids"}
     labels = batch.pop("labels")
     if task.name == "classification":
         return F.cross_entropy(model(**batch).logits.float(), labels, reduction="sum") / count

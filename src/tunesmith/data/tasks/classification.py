@@ -11,13 +11,13 @@ from .. import columns as cols
 
 @dataclass
 class Classification:
-    """Columns: `text`, `label`."""
+    """Columns: `text`, `label`, and `task` for methods that route by task."""
 
     name: ClassVar[str] = "classification"
     metric: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
-    roles: ClassVar[tuple[str, ...]] = ("text", "label")
-    optional: ClassVar[tuple[str, ...]] = ()
+    roles: ClassVar[tuple[str, ...]] = ("text", "label", "task")
+    optional: ClassVar[tuple[str, ...]] = ("task",)
 
     @staticmethod
     def fits(dataset) -> bool:
@@ -34,7 +34,7 @@ class Classification:
                     raise cols.missing(role, names, self.name)
                 found[role] = column
         cols.check_filled(dataset, found, self.roles)
-        return {role: found[role] for role in self.roles}
+        return {role: found[role] for role in self.roles if role in found}
 
     def labels(self, dataset, columns: dict[str, str]) -> list[str]:
         """The distinct labels, sorted (as numbers if all are). Warns about labels that occur once."""
@@ -47,7 +47,7 @@ class Classification:
             shown = ", ".join(f'"{label}"' for label in once[:5]) + (", …" if len(once) > 5 else "")
             warnings.warn(f"{len(once)} of {len(counts)} labels occur in one row only and can hardly be learned: {shown}",
                           stacklevel=2)
-        return sorted(counts, key=int) if all(label.isdecimal() for label in counts) else sorted(counts)
+        return cols.distinct(counts)
 
     def encode(self, dataset, columns: dict[str, str], tokenizer, labels: list[str] | None = None,
                max_length: int = 512) -> list[dict]:

@@ -15,6 +15,7 @@ _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "ass
 @dataclass
 class SFT:
     """Columns: `messages` (lists of {"role", "content"}), or `prompt` and `response`, with `input` and `system` if there.
+    `task` is for methods that route by task.
 
     `prompt` is the prompt style: the tokenizer's chat template where it has one, else "plain".
     """
@@ -23,8 +24,8 @@ class SFT:
     name: ClassVar[str] = "sft"
     metric: ClassVar[str] = "loss"
     higher_is_better: ClassVar[bool] = False
-    roles: ClassVar[tuple[str, ...]] = ("messages", "prompt", "response", "input", "system")
-    optional: ClassVar[tuple[str, ...]] = ("input", "system")
+    roles: ClassVar[tuple[str, ...]] = ("messages", "prompt", "response", "input", "system", "task")
+    optional: ClassVar[tuple[str, ...]] = ("input", "system", "task")
 
     @staticmethod
     def fits(dataset) -> bool:
@@ -37,12 +38,12 @@ class SFT:
     def columns(self, dataset, given: dict[str, str] | None = None) -> dict[str, str]:
         names = dataset.column_names
         found = cols.given_columns(names, given, self)
-        if not found and (column := cols.find(names, MESSAGES)):
+        if not found.keys() - {"task"} and (column := cols.find(names, MESSAGES)):
             found["messages"] = column
         if "messages" in found:
-            cols.check_filled(dataset, found, ("messages",))
+            cols.check_filled(dataset, found, ("messages", "task"))
             self._check_messages(dataset, found["messages"])
-            return {"messages": found["messages"]}
+            return {role: found[role] for role in ("messages", "task") if role in found}
         for role, candidates in (("prompt", cols.PROMPT), ("response", cols.RESPONSE)):
             if role not in found:
                 column = cols.find(names, candidates, list(found.values()))
@@ -52,7 +53,7 @@ class SFT:
         for role in ("input", "system"):
             if role not in found and role in names and role not in found.values():
                 found[role] = role
-        cols.check_filled(dataset, found, ("prompt", "response"))
+        cols.check_filled(dataset, found, ("prompt", "response", "task"))
         return {role: found[role] for role in self.roles if role in found}
 
     @staticmethod
