@@ -12,7 +12,7 @@ demo: $(VENV)/installed
 test: $(VENV)/tested
 	$(BIN)/lint-imports
 	$(BIN)/ruff check src tests benchmarks
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 slow: $(VENV)/tested
 	$(BIN)/python -m pytest -q -m slow

@@ -188,26 +188,26 @@ def test_a_full_disk_loses_nothing(here, models, data, monkeypatch):
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(here):
     model = ts.adapt(tiny.tiny_llama(), "lora")
-    parameters, optimizer = ts.trainable(model), torch.optim.AdamW(ts.trainable(model).values())
+    parameters, optimizer, stages = ts.trainable(model), torch.optim.AdamW(ts.trainable(model).values()), ts.stages(model, 9)
     file = here / "checkpoint" / "state.pt"
-    checkpoint.write(file, checkpoint.Progress(step=3), parameters, optimizer)
+    checkpoint.write(file, checkpoint.Progress(step=3), parameters, optimizer, stages)
     before = file.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
     try:
         with pytest.raises(TunesmithError, match="cannot write the checkpoint .*the one before it is still there"):
-            checkpoint.write(file, checkpoint.Progress(step=4), parameters, optimizer)
+            checkpoint.write(file, checkpoint.Progress(step=4), parameters, optimizer, stages)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert file.read_bytes() == before and len(list(file.parent.iterdir())) == 1
-    assert checkpoint.read(file, parameters, optimizer).step == 3
+    assert checkpoint.read(file, parameters, optimizer, stages).step == 3
     file.write_bytes(before[:1000])
     with pytest.raises(TunesmithError, match="cannot be read"):
-        checkpoint.read(file, parameters, optimizer)
+        checkpoint.read(file, parameters, optimizer, stages)
     other = ts.trainable(ts.adapt(tiny.tiny_llama(), {"method": "lora", "rank": 2}))
     file.write_bytes(before)
     with pytest.raises(TunesmithError, match="another model or method"):
-        checkpoint.read(file, other, optimizer)
+        checkpoint.read(file, other, optimizer, stages)
 
 
 def test_a_folder_in_use_is_left_alone(here, models, data):

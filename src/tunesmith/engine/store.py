@@ -162,15 +162,14 @@ def fill(built: dict[str, tuple[Site, Adapter]], found: dict[str, Tensor], where
 
     Raises `TunesmithError` naming missing, unexpected and misshaped keys with their nearest names.
     """
-    wanted, seen = {}, {}
+    shared: dict[int, list] = {}  # tensor -> every place it is at; the file names it by one of them
     for path, (_, adapter) in built.items():
         for key, tensor in tensors(adapter).items():
-            if id(tensor) not in seen:
-                seen[id(tensor)] = True
-                wanted[f"{path}.{key}".lstrip(".")] = (adapter, key, tensor)
+            shared.setdefault(id(tensor), []).append((f"{path}.{key}".lstrip("."), adapter, key, tensor))
+    wanted = {next((key for key, *_ in places if key in found), places[0][0]): places for places in shared.values()}
     problems = [f"missing {key!r}{nearest(key, found.keys() - wanted.keys(), 1)}" for key in wanted if key not in found]
     problems += [f"unexpected {key!r}{nearest(key, wanted.keys() - found.keys(), 1)}" for key in found if key not in wanted]
-    for key, (_, _, t) in wanted.items():
+    for key, [(*_, t), *_] in wanted.items():
         if key in found and found[key].shape != t.shape:
             problems.append(f"{key!r} has shape {tuple(found[key].shape)}, the model needs {tuple(t.shape)}")
         elif key in found and found[key].is_floating_point() != t.is_floating_point():
@@ -179,11 +178,14 @@ def fill(built: dict[str, tuple[Site, Adapter]], found: dict[str, Tensor], where
         problems = [p if len(p) < 300 else p[:300] + " …" for p in problems]
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise TunesmithError(f"{where} does not fit this model: {'; '.join(problems[:4])}{more}")
-    for key, (adapter, name, tensor) in wanted.items():
+    for key, places in wanted.items():
+        tensor = places[0][-1]
         value = found[key].to(tensor.dtype)
         if tensor.is_meta:
-            owner = adapter.get_submodule(name.rpartition(".")[0])
-            setattr(owner, name.rpartition(".")[2], nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value)
+            new = nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value
+            for _, adapter, name, _ in places:
+                owner = adapter.get_submodule(name.rpartition(".")[0])
+                setattr(owner, name.rpartition(".")[2], new)
         else:
             with torch.no_grad():
                 tensor.copy_(value)

@@ -1,7 +1,6 @@
 """S2-LoRA: one A and one B for all matrices, and a sparse vector of coefficients for each."""
 
 import weakref
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -97,8 +96,7 @@ class S2LoRA(Method):
         made: dict[tuple, Factor] = {}
         padded = [by_path[path].shape for path, config in configs.items() if config.share == "pad"]
         built = {}
-        order = {id(m): i for i, m in enumerate(_inside_out(model))}  # of the adapters in the model: a file names a shared tensor by its first site
-        for path, config in sorted(configs.items(), key=lambda item: order[id(by_path[item[0]].holder)]):
+        for path, config in configs.items():
             site, r, share = by_path[path], config.rank, config.share
             out_features, in_features = site.shape if share != "pad" else map(max, zip(*padded, strict=True))
             pair = (out_features, in_features) if share == "shape" else None
@@ -125,10 +123,3 @@ class S2LoRA(Method):
 
     def stage(self, adapters, total_steps):
         return SoftThreshold(list(adapters.values()), self.l1_weight) if self.sparsity == "proximal" else None
-
-
-def _inside_out(module: nn.Module) -> Iterator[nn.Module]:
-    for child in module.children():
-        yield from _inside_out(child)
-    yield module
-

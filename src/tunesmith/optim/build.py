@@ -27,4 +27,7 @@ def build(model: nn.Module, name: str = "adamw", lr: float = 1e-3, weight_decay:
             for params, decay in (([p for p in new if p.dim() > 1], weight_decay), ([p for p in new if p.dim() < 2], 0.0)):
                 if params:
                     groups.append({"weight_decay": decay} | group | {"params": params})
+    kinds = {p.device.type for group in groups for p in group["params"]}
+    if kinds <= {"cpu", "cuda"} and "fused" not in options:
+        options["fused"] = True  # one pass over each tensor instead of seven
     return OPTIMIZERS[name](groups, lr=lr, weight_decay=weight_decay, **options)
