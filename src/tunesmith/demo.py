@@ -17,10 +17,10 @@ OUTPUT = Path("demo-report")
 
 # One budget for all; the learning rates suit a small encoder and few steps.
 METHODS = [{"method": "full", "lr": 3e-4}, {"method": "lora", "lr": 2e-3}, {"method": "bitfit", "lr": 4e-3}, {"method": "linear-probe", "lr": 1e-2}]
-INTENTS = {"model": "minilm", "data": "contact-centre", "eval": "contact-centre", "per_label": 30, "epochs": 3, "batch_size": 8, "eval_every": 1000}
+INTENTS = {"model": "minilm", "data": "contact-centre", "eval": "contact-centre", "per_label": 20, "epochs": 3, "batch_size": 8, "eval_every": 1000}
 ANSWERS = {
-    "model": "smollm2-135m", "method": {"method": "lora", "rank": 8}, "data": "contact-centre-answers", "limit": 96, "eval": "contact-centre-answers",
-    "eval_limit": 8, "epochs": 1, "batch_size": 4, "lr": 2e-3, "max_new_tokens": 80, "baseline": True, "output": str(OUTPUT / "smollm2-answers"),
+    "model": "smollm2-135m", "method": {"method": "lora", "rank": 8}, "data": "contact-centre-answers", "limit": 64, "eval": "contact-centre-answers",
+    "eval_limit": 8, "epochs": 1, "batch_size": 2, "lr": 1.5e-3, "max_new_tokens": 80, "baseline": True, "output": str(OUTPUT / "smollm2-answers"),
 }  # fmt: skip
 
 
