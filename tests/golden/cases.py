@@ -5,8 +5,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 ROOT = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent / "data")
 
@@ -39,3 +40,25 @@ def names(folder: str) -> list[str]:
 def read(folder: str, name: str) -> Case:
     path = ROOT / folder / name
     return Case(name, json.loads(path.with_suffix(".json").read_text()), load_file(path.with_suffix(".safetensors")))
+
+
+def linear(case: Case) -> nn.Linear:
+    """The case's base layer."""
+    frozen = {key: t for key, t in case.part("frozen").items() if key in ("weight", "bias")}
+    layer = nn.Linear(*reversed(frozen["weight"].shape), bias="bias" in frozen, dtype=frozen["weight"].dtype)
+    layer.load_state_dict(frozen)
+    return layer
+
+
+def check(case: Case, model: nn.Module, trained: dict[str, nn.Parameter]) -> None:
+    """Output, mean squared error and gradients, those of the parameters under their names in the case."""
+    close = {"atol": case.tolerance, "rtol": case.tolerance}
+    x = case.tensors["in.x"].clone().requires_grad_()
+    y = model(x)
+    loss = ((y - case.tensors["in.target"]) ** 2).mean()
+    loss.backward()
+    torch.testing.assert_close(y, case.tensors["out.y"], **close)
+    torch.testing.assert_close(loss, case.tensors["out.loss"], **close)
+    torch.testing.assert_close(x.grad, case.tensors["grad.x"], **close)
+    for key, p in trained.items():
+        torch.testing.assert_close(p.grad.view_as(case.tensors[f"grad.{key}"]), case.tensors[f"grad.{key}"], **close)

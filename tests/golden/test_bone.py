@@ -6,7 +6,7 @@ from torch import nn
 
 import tunesmith as ts
 
-from .cases import names, read
+from .cases import linear, names, read
 
 FOLDER = "bone"
 KEYS = ("bone_block", "miss_block")
@@ -22,10 +22,7 @@ def methods_of(config: dict) -> list[dict]:
 
 def run(case, method, start=False):
     """(adapted model, its D, x, output, loss after backward)."""
-    frozen = case.part("frozen")
-    layer = nn.Linear(*reversed(frozen["weight"].shape), bias="bias" in frozen, dtype=frozen["weight"].dtype)
-    layer.load_state_dict(frozen)
-    model = ts.adapt(nn.Sequential(layer), method, targets=["0"])
+    model = ts.adapt(nn.Sequential(linear(case)), method, targets=["0"])
     (D,) = ts.trainable(model).values()
     if not start:
         with torch.no_grad():

@@ -6,7 +6,7 @@ from torch import nn
 
 import tunesmith as ts
 
-from .cases import names, read
+from .cases import check, linear, names, read
 
 FOLDER = "hut"
 
@@ -14,28 +14,18 @@ FOLDER = "hut"
 @pytest.mark.parametrize("name", names(FOLDER))
 def test_layer(name):
     case = read(FOLDER, name)
-    frozen, given = case.part("frozen"), case.part("param")
+    given, frozen = case.part("param"), case.part("frozen")
     if "beta" in given:  # a layer without a bias is one whose bias is 0
-        frozen.setdefault("bias", torch.zeros(len(frozen["weight"]), dtype=frozen["weight"].dtype))
-    layer = nn.Linear(*reversed(frozen["weight"].shape), bias="bias" in frozen, dtype=frozen["weight"].dtype)
-    layer.load_state_dict(frozen)
+        case.tensors.setdefault("frozen.bias", torch.zeros(len(frozen["weight"]), dtype=frozen["weight"].dtype))
     affine = case.config.get("gamma_beta", "gamma" in given)
-    model = ts.adapt(nn.Sequential(layer), ts.HUT(rank=case.config["r"], scale=case.config.get("scale", 1.0), affine=affine), targets=["0"])
+    model = ts.adapt(nn.Sequential(linear(case)), ts.HUT(rank=case.config["r"], scale=case.config.get("scale", 1.0), affine=affine), targets=["0"])
     adapter = model[0].tunesmith.adapters["default"]
     own = {"A": adapter.A, "B": adapter.B, "gamma": adapter.g, "beta": adapter.beta}
     with torch.no_grad():
         for key, value in given.items():
             own[key].copy_(value - 1 if key == "gamma" else value)
-    x = case.tensors["in.x"].clone().requires_grad_()
-    y = model(x)
-    loss = ((y - case.tensors["in.target"]) ** 2).mean()
-    loss.backward()
+    check(case, model, {key: own[key] for key in given})
     close = {"atol": case.tolerance, "rtol": case.tolerance}
-    torch.testing.assert_close(y, case.tensors["out.y"], **close)
-    torch.testing.assert_close(loss, case.tensors["out.loss"], **close)
-    torch.testing.assert_close(x.grad, case.tensors["grad.x"], **close)
-    for key in given:
-        torch.testing.assert_close(own[key].grad, case.tensors[f"grad.{key}"], **close)
     merged = ts.merge(model)[0]
     torch.testing.assert_close(merged.weight.detach(), case.tensors["out.merged_weight"], **close)
     if "merged_bias" in case.part("out"):

@@ -7,7 +7,7 @@ from torch import nn
 import tunesmith as ts
 from tunesmith.methods.soka import elbow, energy_rank, kpsvd
 
-from .cases import names, read
+from .cases import check, linear, names, read
 
 FOLDER = "soka"
 KPSVD = [n for n in names(FOLDER) if "frozen.residual" in read(FOLDER, n).tensors]
@@ -15,26 +15,14 @@ LOKR = [n for n in names(FOLDER) if {"lokr_w1", "lokr_w2"} <= read(FOLDER, n).pa
 
 
 def adapted(case, **fields):
-    frozen = {k: t for k, t in case.part("frozen").items() if k in ("weight", "bias")}
-    layer = nn.Linear(*reversed(frozen["weight"].shape), bias="bias" in frozen, dtype=frozen["weight"].dtype)
-    layer.load_state_dict(frozen)
-    model = ts.adapt(nn.Sequential(layer), ts.SoKA(**fields), targets=["0"])
+    model = ts.adapt(nn.Sequential(linear(case)), ts.SoKA(**fields), targets=["0"])
     return model, model[0].tunesmith.adapters["default"]
 
 
 def compare(case, model, gradients):
-    close = {"atol": case.tolerance, "rtol": case.tolerance}
-    x = case.tensors["in.x"].clone().requires_grad_()
-    y = model(x)
-    loss = ((y - case.tensors["in.target"]) ** 2).mean()
-    loss.backward()
-    torch.testing.assert_close(y, case.tensors["out.y"], **close)
-    torch.testing.assert_close(loss, case.tensors["out.loss"], **close)
-    torch.testing.assert_close(x.grad, case.tensors["grad.x"], **close)
-    for key, p in gradients.items():
-        torch.testing.assert_close(p.grad.view_as(case.tensors[f"grad.{key}"]), case.tensors[f"grad.{key}"], **close)
+    check(case, model, gradients)
     with torch.no_grad():
-        torch.testing.assert_close(ts.merge(model)(case.tensors["in.x"]), case.tensors["out.y"], **close)
+        torch.testing.assert_close(ts.merge(model)(case.tensors["in.x"]), case.tensors["out.y"], atol=case.tolerance, rtol=case.tolerance)
 
 
 @pytest.mark.parametrize("name", KPSVD)

@@ -6,7 +6,7 @@ from torch import nn
 
 import tunesmith as ts
 
-from .cases import names, read
+from .cases import check, linear, names, read
 
 FOLDER = "transformed-lora"
 
@@ -33,9 +33,7 @@ def given(adapter) -> dict[str, nn.Parameter]:
 @pytest.mark.parametrize("name", names(FOLDER))
 def test_layer(name, tokens, monkeypatch):
     case = read(FOLDER, name)
-    frozen = case.part("frozen")
-    layer = nn.Linear(*reversed(frozen["weight"].shape), bias="bias" in frozen, dtype=frozen["weight"].dtype)
-    layer.load_state_dict(frozen)
+    layer = linear(case)
     model = ts.adapt(nn.Sequential(layer), method_of(case.config), targets=["0"])
     adapter = model[0].tunesmith.adapters["default"]
     monkeypatch.setattr(adapter, "_by_tokens", lambda *sizes: tokens)
@@ -54,13 +52,5 @@ def test_layer(name, tokens, monkeypatch):
             torch.testing.assert_close(B @ A, case.tensors["out.delta"], **close)
         if "out.reg_identity" in case.tensors:
             torch.testing.assert_close(ts.auxiliary_loss(model), case.tensors["out.reg_identity"], **close)
-    x = case.tensors["in.x"].clone().requires_grad_()
-    y = model(x)
-    loss = ((y - case.tensors["in.target"]) ** 2).mean()
-    loss.backward()
-    torch.testing.assert_close(y, case.tensors["out.y"], **close)
-    torch.testing.assert_close(loss, case.tensors["out.loss"], **close)
-    torch.testing.assert_close(x.grad, case.tensors["grad.x"], **close)
-    for key, p in own.items():
-        torch.testing.assert_close(p.grad, case.tensors[f"grad.{key}"], **close)
+    check(case, model, own)
     torch.testing.assert_close(ts.merge(model)[0].weight.detach(), case.tensors["out.merged_weight"], **close)
