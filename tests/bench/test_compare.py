@@ -46,7 +46,7 @@ def trained(monkeypatch):
     """The requests to train, answered with made-up runs; `ia3` on seed 13 fails."""
     requests = []
 
-    def train(fields, tell, jobs=1, children=None):
+    def train(fields, tell, jobs, children):
         requests.append(fields)
         recipe = recipes.check(fields)
         name = recipe.method if isinstance(recipe.method, str) else recipe.method["method"]
@@ -210,12 +210,12 @@ def test_each_method_at_the_best_of_some_rates(tmp_path, base, trained, monkeypa
     monkeypatch.setitem(MEASURED, "lora", (0.9, 100, 60.0))
     plain = sys.modules["tunesmith.bench.compare"]._train
 
-    def train(fields, tell, jobs=1, children=None):
+    def train(fields, tell, jobs, children):
         name = fields["method"]["method"]
         value, parameters, time = MEASURED[name]
         monkeypatch.setitem(MEASURED, name, (value - 100 * abs(fields["lr"] - best.get(name, 5e-4)), parameters, time))
         try:
-            return plain(fields, tell)
+            return plain(fields, tell, jobs, children)
         finally:
             monkeypatch.setitem(MEASURED, name, (value, parameters, time))
 

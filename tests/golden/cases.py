@@ -42,9 +42,9 @@ def read(folder: str, name: str) -> Case:
     return Case(name, json.loads(path.with_suffix(".json").read_text()), load_file(path.with_suffix(".safetensors")))
 
 
-def linear(case: Case) -> nn.Linear:
-    """The case's base layer."""
-    frozen = {key: t for key, t in case.part("frozen").items() if key in ("weight", "bias")}
+def linear(frozen: dict[str, Tensor]) -> nn.Linear:
+    """The layer of a weight and perhaps a bias."""
+    frozen = {key: t for key, t in frozen.items() if key in ("weight", "bias")}
     layer = nn.Linear(*reversed(frozen["weight"].shape), bias="bias" in frozen, dtype=frozen["weight"].dtype)
     layer.load_state_dict(frozen)
     return layer

@@ -22,7 +22,7 @@ def methods_of(config: dict) -> list[dict]:
 
 def run(case, method, start=False):
     """(adapted model, its D, x, output, loss after backward)."""
-    model = ts.adapt(nn.Sequential(linear(case)), method, targets=["0"])
+    model = ts.adapt(nn.Sequential(linear(case.part("frozen"))), method, targets=["0"])
     (D,) = ts.trainable(model).values()
     if not start:
         with torch.no_grad():

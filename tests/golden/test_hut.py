@@ -18,7 +18,7 @@ def test_layer(name):
     if "beta" in given:  # a layer without a bias is one whose bias is 0
         case.tensors.setdefault("frozen.bias", torch.zeros(len(frozen["weight"]), dtype=frozen["weight"].dtype))
     affine = case.config.get("gamma_beta", "gamma" in given)
-    model = ts.adapt(nn.Sequential(linear(case)), ts.HUT(rank=case.config["r"], scale=case.config.get("scale", 1.0), affine=affine), targets=["0"])
+    model = ts.adapt(nn.Sequential(linear(case.part("frozen"))), ts.HUT(rank=case.config["r"], scale=case.config.get("scale", 1.0), affine=affine), targets=["0"])
     adapter = model[0].tunesmith.adapters["default"]
     own = {"A": adapter.A, "B": adapter.B, "gamma": adapter.g, "beta": adapter.beta}
     with torch.no_grad():

@@ -9,16 +9,9 @@ import tunesmith as ts
 from tunesmith import optim
 from tunesmith.methods import registry
 
-from .cases import names, read
+from .cases import check, linear, names, read
 
 FOLDER = "llm-adapters"
-
-
-def linear(frozen: dict) -> nn.Linear:
-    weight = frozen["weight"]
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in frozen, dtype=weight.dtype)
-    layer.load_state_dict(frozen)
-    return layer
 
 
 def method_of(config: dict) -> dict:
@@ -45,18 +38,9 @@ def test_layer(name):
     with torch.no_grad():
         for key, value in case.part("param").items():
             getattr(adapter, OWN[key]).copy_(value)
-    x = case.tensors["in.x"].clone().requires_grad_()
-    y = model(x)
-    loss = ((y - case.tensors["in.target"]) ** 2).mean()
-    loss.backward()
-    close = {"atol": case.tolerance, "rtol": case.tolerance}
-    torch.testing.assert_close(y, case.tensors["out.y"], **close)
-    torch.testing.assert_close(loss, case.tensors["out.loss"], **close)
-    torch.testing.assert_close(x.grad, case.tensors["grad.x"], **close)
-    for key in case.part("param"):
-        torch.testing.assert_close(getattr(adapter, OWN[key]).grad, case.tensors[f"grad.{key}"], **close)
+    check(case, model, {key: getattr(adapter, OWN[key]) for key in case.part("param")})
     if "merged_weight" in case.part("out"):
-        torch.testing.assert_close(ts.merge(model)[0].weight.detach(), case.tensors["out.merged_weight"], **close)
+        torch.testing.assert_close(ts.merge(model)[0].weight.detach(), case.tensors["out.merged_weight"], atol=case.tolerance, rtol=case.tolerance)
 
 
 @pytest.mark.parametrize("name", [n for n in names(FOLDER) if "prefix" in read(FOLDER, n).part("param")])

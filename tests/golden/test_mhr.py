@@ -7,20 +7,17 @@ from torch import nn
 import tunesmith as ts
 from tunesmith.methods import mhr
 
-from .cases import names, read
+from .cases import check, linear, names, read
 
 FOLDER = "mhr"
 OTHER_ROUTERS = ("module_logits_dropout", "module_logits_l2_norm", "module_logits_straight_through", "poly_average_correction", "poly_use_shared_skill", "lora_warmup", "lora_dropout")
 
 
 def adapted(case, **fields):
-    c, frozen = case.config, case.part("frozen")
-    weight = frozen["weight"]
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in frozen, dtype=weight.dtype)
-    layer.load_state_dict(frozen)
+    c = case.config
     assert not any(c.get(flag) for flag in OTHER_ROUTERS)
     sizes = {"rank": c["lora_rank"], "alpha": c["lora_alpha"], "n_skills": c["n_skills"], "n_splits": c["n_splits"]}
-    model = ts.adapt(nn.Sequential(layer), ts.MHR(**sizes, **fields), targets=["0"]).train(bool(c.get("training")))
+    model = ts.adapt(nn.Sequential(linear(case.part("frozen"))), ts.MHR(**sizes, **fields), targets=["0"]).train(bool(c.get("training")))
     adapter = model[0].tunesmith.adapters["default"]
     with torch.no_grad():
         adapter.A.copy_(case.tensors["param.lora_a"]), adapter.B.copy_(case.tensors["param.lora_b"])
@@ -29,15 +26,8 @@ def adapted(case, **fields):
 
 def compare(case, model):
     """Output, loss and the input's gradient, with the parameters' gradients left in place."""
-    x = case.tensors["in.x"].clone().requires_grad_()
-    y = model(x)
-    loss = ((y - case.tensors["in.target"]) ** 2).mean()
-    loss.backward()
-    close = {"atol": case.tolerance, "rtol": case.tolerance}
-    torch.testing.assert_close(y, case.tensors["out.y"], **close)
-    torch.testing.assert_close(loss, case.tensors["out.loss"], **close)
-    torch.testing.assert_close(x.grad, case.tensors["grad.x"], **close)
-    return close
+    check(case, model, {})
+    return {"atol": case.tolerance, "rtol": case.tolerance}
 
 
 @pytest.mark.parametrize("name", [n for n in names(FOLDER) if "module_logits" in read(FOLDER, n).part("param")])

@@ -7,7 +7,7 @@ from torch import nn
 import tunesmith as ts
 from tunesmith.methods.mola import balance_loss
 
-from .cases import names, read
+from .cases import linear, names, read
 
 FOLDER = "mola"
 OWN = {"router": "R", "lora_A": "A", "lora_B": "B"}
@@ -17,13 +17,10 @@ CASES = [(name, "in.x" in read(FOLDER, name).tensors) for name in names(FOLDER)]
 @pytest.mark.parametrize("name", [name for name, layer in CASES if layer])
 def test_layer(name):
     case = read(FOLDER, name)
-    c, frozen, close = case.config, case.part("frozen"), {"atol": case.tolerance, "rtol": case.tolerance}
-    weight = frozen["weight"]
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in frozen, dtype=weight.dtype)
-    layer.load_state_dict(frozen)
+    c, close = case.config, {"atol": case.tolerance, "rtol": case.tolerance}
     coefficient = c["balance_coef"] or 1.0  # with none the loss is still measured
     method = ts.MoLA(experts=c["experts"], top_k=c["top_k"], rank=c["r"], alpha=c["lora_alpha"], dropout=c["dropout"], balance=coefficient)
-    model = ts.adapt(nn.Sequential(layer), method, targets=["0"])
+    model = ts.adapt(nn.Sequential(linear(case.part("frozen"))), method, targets=["0"])
     adapter = model[0].tunesmith.adapters["default"]
     with torch.no_grad():
         for key, value in case.part("param").items():

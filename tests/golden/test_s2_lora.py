@@ -9,16 +9,9 @@ from torch import nn
 import tunesmith as ts
 from tunesmith.engine.model import adapters
 
-from .cases import names, read
+from .cases import linear, names, read
 
 FOLDER = "s2-lora"
-
-
-def linear(frozen: dict) -> nn.Linear:
-    weight = frozen["weight"]
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in frozen, dtype=weight.dtype)
-    layer.load_state_dict(frozen)
-    return layer
 
 
 def network(case, last_tanh: bool) -> nn.Sequential:

@@ -15,7 +15,7 @@ LOKR = [n for n in names(FOLDER) if {"lokr_w1", "lokr_w2"} <= read(FOLDER, n).pa
 
 
 def adapted(case, **fields):
-    model = ts.adapt(nn.Sequential(linear(case)), ts.SoKA(**fields), targets=["0"])
+    model = ts.adapt(nn.Sequential(linear(case.part("frozen"))), ts.SoKA(**fields), targets=["0"])
     return model, model[0].tunesmith.adapters["default"]
 
 

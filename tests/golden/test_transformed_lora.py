@@ -33,7 +33,7 @@ def given(adapter) -> dict[str, nn.Parameter]:
 @pytest.mark.parametrize("name", names(FOLDER))
 def test_layer(name, tokens, monkeypatch):
     case = read(FOLDER, name)
-    layer = linear(case)
+    layer = linear(case.part("frozen"))
     model = ts.adapt(nn.Sequential(layer), method_of(case.config), targets=["0"])
     adapter = model[0].tunesmith.adapters["default"]
     monkeypatch.setattr(adapter, "_by_tokens", lambda *sizes: tokens)

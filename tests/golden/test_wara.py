@@ -22,7 +22,7 @@ def fields_of(case) -> dict:
 @pytest.mark.parametrize("name", names(FOLDER))
 def test_case(name):
     case = read(FOLDER, name)
-    model = ts.adapt(nn.Sequential(linear(case)), ts.WaRA(**fields_of(case)), targets=["0"])
+    model = ts.adapt(nn.Sequential(linear(case.part("frozen"))), ts.WaRA(**fields_of(case)), targets=["0"])
     adapter = model[0].tunesmith.adapters["default"]
     assert {n: p.shape for n, p in adapter.named_parameters()} == {n: p.shape for n, p in case.part("param").items()}
     with torch.no_grad():

@@ -89,7 +89,7 @@ def compare(
                 shutil.rmtree(run["folder"], ignore_errors=True)
                 atomic_write(run["file"], run["text"])
             fields = run["recipe"] | {"output": str(run["folder"])}
-            run["failure"] = _train(fields, tell) if jobs == 1 else _train(fields, lambda event: _briefly(run["title"], event, tell), jobs, children)
+            run["failure"] = _train(fields, tell if jobs == 1 else lambda event: _briefly(run["title"], event, tell), jobs, children)
         if summary.exists() and not run["failure"]:
             run["summary"] = json.loads(summary.read_text(encoding="utf-8"))
 
@@ -178,7 +178,7 @@ def _refuse_other(run: dict, overwrite: bool) -> None:
         raise TunesmithError(f"{run['folder']} holds another run ({'; '.join(changed) or 'its data has changed'}); choose another output, or overwrite it")
 
 
-def _train(recipe: dict, tell: Callable[[dict], None], jobs: int = 1, children: set | None = None) -> str | None:
+def _train(recipe: dict, tell: Callable[[dict], None], jobs: int, children: set) -> str | None:
     """Train in a process of its own, one of `jobs` at once, known to `children` while it runs; the reason where it failed."""
     share = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     process = subprocess.Popen(
@@ -190,7 +190,7 @@ def _train(recipe: dict, tell: Callable[[dict], None], jobs: int = 1, children: 
         env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "PYTHONIOENCODING": "utf-8"} | share,
         start_new_session=True,  # Ctrl-C ends the run here, below, and not in the middle of its own writing about it
     )
-    failure, children = None, set() if children is None else children
+    failure = None
     children.add(process)
     try:
         with contextlib.suppress(BrokenPipeError), process.stdin:

@@ -61,8 +61,8 @@ def collate(examples: Sequence[dict], pad_id: int, side: str = "right",
     """Pad examples to the longest of the batch.
 
     Returns int64 `input_ids` (b, t), `attention_mask` (b, t), `task_ids` (b,) where examples have one, and `labels`:
-    (b,) class indices, or (b, t) with -100 where no loss is taken. Packed examples also get `position_ids` (b, t), and their mask is (b, 1, t, t), additive
-    and of `dtype` (which must be the model's), so that a document sees only itself.
+    (b,) class indices, or (b, t) with -100 where no loss is taken. Packed examples also get `position_ids` (b, t), and
+    their mask is (b, 1, t, t), additive and of `dtype` (which must be the model's), so that a document sees only itself.
     """
     ids = [example["input_ids"] for example in examples]
     batch = {"input_ids": _padded(ids, pad_id, side)}

@@ -19,7 +19,8 @@ def load(source: str | Path, split: str = "train", limit: int | None = None):
     `source`: a .csv, .tsv, .json, .jsonl, .parquet or .txt file; a folder or a name with such files, `<name>_<split>.csv`
     or `<split>.csv`, the name being looked for in `$TUNESMITH_DATA`, in `../shared/data` and among the package's samples
     (`contact-centre`, `contact-centre-answers`); else a hub name, with its configuration after a colon
-    (`nyu-mll/glue:sst2`). `split` chooses among the splits that the source has; a file without splits is read whole. Class indices become class names. `limit` keeps that many rows, evenly spread.
+    (`nyu-mll/glue:sst2`). `split` chooses among the splits that the source has; a file without splits is read whole.
+    Class indices become class names. `limit` keeps that many rows, evenly spread.
 
     Raises `TunesmithError` when there is no such source or split, and for a file that cannot be read as it stands.
     """

@@ -93,6 +93,16 @@ def _rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1]).to(dtype)
 
 
+def _kept(ctx, inputs) -> torch.Tensor:
+    """The input that a forward kept, made again where it kept its recipe."""
+    return ctx.recipe(*inputs) if ctx.recipe else inputs[0]
+
+
+def _as_given(grads, like) -> list:
+    """Gradients in the shapes and dtypes of what they belong to; `like` holds (shape, dtype) or None."""
+    return [t if t is None else t.to(each[1]).reshape(each[0]) for t, each in zip(grads, like, strict=True)]
+
+
 def weight_norm(W, A, B, scale):
     """‖W + scale·B A‖ of each row, (out,), without forming the sum: ‖W‖² + 2s Σ B∘(W Aᵀ) + s² Σ (B (A Aᵀ))∘B."""
     dtype = torch.promote_types(B.dtype, torch.float32)
@@ -143,7 +153,7 @@ class _LowRankLinear(torch.autograd.Function):
         scale, dtype, split = ctx.scale, ctx.dtype, ctx.like[6] is not None
         gx = gW = gb = gA = gB = gm = g_adapter = None
         with _no_autocast(g):
-            x = _rows(ctx.recipe(*inputs) if ctx.recipe else inputs[0], dtype) if inputs else None
+            x = _rows(_kept(ctx, inputs), dtype) if inputs else None
             g = _rows(g, dtype)
             if need_b:
                 gb = g.sum(0)
@@ -166,7 +176,7 @@ class _LowRankLinear(torch.autograd.Function):
             if need_W:
                 gW = g.T @ x
         grads = gx, gW, gb, gA, gB, gm, g_adapter
-        return *(t if t is None else t.to(like[1]).reshape(like[0]) for t, like in zip(grads, ctx.like, strict=True)), None, None, None, None
+        return *_as_given(grads, ctx.like), None, None, None, None
 
 
 def _magnitude_gradient(g, y, x, W, b, B, m, norm, inner, scale):
@@ -236,7 +246,7 @@ class _MergedLinear(torch.autograd.Function):
                 gx = _product(g, V.to(ctx.dtype)).to(ctx.like[1]).reshape(ctx.like[0]) if need_x else None
                 outputs = [(V, None)] if V.requires_grad else []
                 if outputs:
-                    x = _rows(ctx.recipe(*inputs) if ctx.recipe else inputs[0], ctx.dtype)
+                    x = _rows(_kept(ctx, inputs), ctx.dtype)
                     outputs = [(V, (g.T @ x).to(V.dtype))]
                 if c is not None and c.requires_grad:
                     outputs.append((c, g.sum(0).to(c.dtype)))
@@ -384,9 +394,9 @@ class _BlockSumLinear(torch.autograd.Function):
             if need_adapter:
                 g_adapter = _add_tiled(g.new_zeros(len(g), W.shape[1]), g_sum)
             if need_W:
-                gW = g.T @ _rows(ctx.recipe(*inputs) if ctx.recipe else inputs[0], dtype)
+                gW = g.T @ _rows(_kept(ctx, inputs), dtype)
         grads = gx, gW, gb, gD, g_adapter
-        return *(t if t is None else t.to(like[1]).reshape(like[0]) for t, like in zip(grads, ctx.like, strict=True)), None, None
+        return *_as_given(grads, ctx.like), None, None
 
 
 def block_sum_linear(x, W, b, D, x_adapter=None) -> torch.Tensor:
@@ -435,7 +445,7 @@ class _RoutedLinear(torch.autograd.Function):
         dtype, split = ctx.dtype, x_adapter is not None
         gx = gW = gb = gA = gB = gR = g_adapter = None
         with _no_autocast(g):
-            x = _rows(ctx.recipe(*inputs) if ctx.recipe else inputs[0], dtype) if inputs else None
+            x = _rows(_kept(ctx, inputs), dtype) if inputs else None
             g, inner = _rows(g, dtype), h[:, : len(A)]
             with torch.enable_grad():
                 logits = h[:, len(A) :].detach().requires_grad_()
@@ -458,7 +468,7 @@ class _RoutedLinear(torch.autograd.Function):
             if need_b:
                 gb = g.sum(0)
         grads = gx, gW, gb, gA, gB, gR, g_adapter
-        return *(t if t is None else t.to(like[1]).reshape(like[0]) for t, like in zip(grads, ctx.like, strict=True)), None, None, None, None
+        return *_as_given(grads, ctx.like), None, None, None, None
 
 
 def routed_change(x, A, B, R, gate, scale: float, x_adapter=None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -510,7 +520,7 @@ class _GroupedLowRankLinear(torch.autograd.Function):
         dtype, groups = ctx.dtype, (len(A), -1)
         gx = gW = gb = gA = gB = None
         with _no_autocast(g):
-            x = _rows(ctx.recipe(*inputs) if ctx.recipe else inputs[0], dtype) if inputs else None
+            x = _rows(_kept(ctx, inputs), dtype) if inputs else None
             g = _rows(g, dtype)
             parts = g.unflatten(0, groups)
             if need_B:
@@ -527,7 +537,7 @@ class _GroupedLowRankLinear(torch.autograd.Function):
             if need_b:
                 gb = g.sum(0)
         grads = gx, gW, gb, gA, gB
-        return *(t if t is None else t.to(like[1]).reshape(like[0]) for t, like in zip(grads, ctx.like, strict=True)), None, None, None
+        return *_as_given(grads, ctx.like), None, None, None
 
 
 def grouped_change(x, A, B, scale: float) -> torch.Tensor:
@@ -590,7 +600,7 @@ class _SpectralLinear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 gx = _spectral(g, c.to(ctx.dtype), columns, rows, size, ctx.scale).to(dtype).reshape(ctx.like[0])
             if ctx.needs_input_grad[1]:
-                x = _rows(ctx.recipe(*inputs) if ctx.recipe else inputs[0], ctx.dtype)
+                x = _rows(_kept(ctx, inputs), ctx.dtype)
                 (row, row_sign, _), (column, column_sign, _) = _halved(rows, ctx.out), _halved(columns, size)
                 products = (_halves(x).index_select(0, column) * _halves(g).index_select(0, row)).sum(-1)
                 gc = (products[:, 0] - row_sign * column_sign * products[:, 1]).mul_(ctx.scale / (ctx.out * size)).to(c.dtype)
@@ -629,7 +639,7 @@ class _Remade(torch.autograd.Function):
         inputs = ctx.saved_tensors[len(ctx.parameters) :]
         need_x = ctx.needs_input_grad[0]
         with _no_autocast(g), torch.enable_grad():
-            x = (ctx.recipe(*inputs) if ctx.recipe else inputs[0]).detach().to(ctx.dtype).requires_grad_(need_x)
+            x = _kept(ctx, inputs).detach().to(ctx.dtype).requires_grad_(need_x)
             wanted = [p for p, need in zip(ctx.parameters, ctx.needs_input_grad[3:], strict=True) if need] + [x] * need_x
             found = iter(torch.autograd.grad(ctx.make(x), wanted, g, allow_unused=True))
         grads = [next(found) if need else None for need in ctx.needs_input_grad[3:]]

@@ -12,7 +12,7 @@ from ..engine.adapter import WeightAdapter
 from ..engine.fused import block_sum_linear, shared_block
 from ..engine.sites import Site, sites
 from ..errors import TunesmithError
-from .method import Dropout, Method, Rank, empty
+from .method import Dropout, Method, Rank, divisor, empty
 from .peft_targets import check_paths
 
 WIDEST = 64  # of the blocks that a default chooses to fit the layer
@@ -219,11 +219,6 @@ class MiSS(Bone):
 
     def own_tensors(self, site, theirs):
         return {"D" if key in ("miss_block", "bone_block") else key: t for key, t in theirs.items()}
-
-
-def divisor(n: int, most: int) -> int:
-    """The largest divisor of n up to `most`."""
-    return next(r for r in range(most, 0, -1) if n % r == 0)
 
 
 def bat_shape(method: str, site: Site, r: int, shared: int) -> tuple[int, int, int]:

@@ -21,7 +21,7 @@ class LoRALayer(WeightAdapter):
 
     def __init__(self, config: "LoRA", site: Site):
         super().__init__()
-        self.site_op, self.scale, self.dropout = site, config.scale, config.dropout
+        self.scale, self.dropout = config.scale, config.dropout
         self.A = empty(config.rank, site.in_features, like=site.parameter)
         self.B = empty(site.out_features, config.rank, like=site.parameter)
         nn.init.zeros_(self.B)

@@ -259,6 +259,11 @@ def values_of(site: Site, names: tuple[str, ...] | None = None, shared: dict | N
     return ValueAdapter({name: shared[id(site.holder._parameters[name])] for name in names})
 
 
+def divisor(n: int, most: int) -> int:
+    """The largest divisor of n up to `most`."""
+    return next(d for d in range(most, 0, -1) if n % d == 0)
+
+
 def empty(*shape: int, like: torch.Tensor) -> nn.Parameter:
     """An adapter's parameter, not yet filled, on the base weight's device and in an adapter's dtype."""
     return nn.Parameter(torch.empty(shape, dtype=float_dtype(like), device=like.device))

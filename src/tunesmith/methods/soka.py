@@ -11,7 +11,7 @@ from ..engine.adapter import WeightAdapter
 from ..engine.fused import remade
 from ..engine.sites import Site, sites
 from ..errors import TunesmithError
-from .method import Method, Rank, empty
+from .method import Method, Rank, divisor, empty
 from .peft_targets import check_paths, exactly, patterned, patterns
 from .svd import leading
 
@@ -225,7 +225,7 @@ class SoKA(Method):
         """(m, n), the shape of A. A convolution's kernels stay whole in B."""
         channels = site.parameter.shape[1] if site.kind == "conv" else site.in_features
         if self.shape is None:
-            return divisor(site.out_features, site.out_features), divisor(channels, site.in_features)
+            return divisor(site.out_features, isqrt(site.out_features)), divisor(channels, isqrt(site.in_features))
         m, n = self.shape
         if site.out_features % m or channels % n:
             raise TunesmithError(f"soka: shape ({m}, {n}) does not divide {site.path!r}, {site.out_features} outputs and {channels} inputs; m must divide the first, n the second")
@@ -266,7 +266,7 @@ class SoKA(Method):
         splits = {path: c.split(by_path[path]) for path, c in configs.items()}
         sizes = {path: (s.out_features, s.parameter.shape[1] if s.kind == "conv" else s.in_features) for path, s in by_path.items() if path in configs}
         factors = {m for m, _ in splits.values()} | {n for _, n in splits.values()}
-        if all(splits[path] == tuple(divisor(size, size) for size in sizes[path]) for path in configs):
+        if all(splits[path] == tuple(divisor(size, isqrt(size)) for size in sizes[path]) for path in configs):
             factors = {-1}
         if len(factors) > 1:
             raise TunesmithError("peft's LoKr has one decompose_factor for all layers, which these shapes do not; save this soka adapter with format='tunesmith'")
@@ -304,8 +304,3 @@ def _whole(tensors: dict[str, Tensor], name: str) -> Tensor | None:
         return tensors[name]
     a, b = tensors.get(f"{name}_a"), tensors.get(f"{name}_b")
     return None if a is None or b is None else a @ b
-
-
-def divisor(number: int, size: int) -> int:
-    """The largest divisor of `number` up to √size."""
-    return next(d for d in range(isqrt(size), 0, -1) if number % d == 0)

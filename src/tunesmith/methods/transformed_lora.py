@@ -13,7 +13,7 @@ from ..engine.adapter import WeightAdapter
 from ..engine.fused import lowrank_linear, merged_linear
 from ..engine.sites import Site, Targets, sites
 from ..errors import TunesmithError
-from .method import Method, Rank, empty
+from .method import Method, Rank, divisor, empty
 
 
 @functools.cache
@@ -206,7 +206,7 @@ class TransformedLoRA(Method):
         return tuple(self.out_factors.get(site.out_features, balanced(site.out_features, self.order)))
 
     def block(self, site: Site) -> int:
-        return max(b for b in range(1, self.block_size + 1) if site.in_features % b == 0)
+        return divisor(site.in_features, self.block_size)
 
     def default(self, model):
         return [s for s in sites(model) if s.kind in ("linear", "attention") and re.search("att(entio)?n", s.path, re.IGNORECASE)]

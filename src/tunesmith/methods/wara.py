@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..engine.adapter import Adapter, WeightAdapter
-from ..engine.fused import lowrank_linear, remade
+from ..engine.fused import remade
 from ..engine.sites import Site, float_dtype
 from ..errors import TunesmithError, nearest
+from .lora import LoRALayer
 from .method import Method, Rank, empty
 from .svd import leading
 
@@ -51,15 +52,17 @@ def matrix(size: int, pair: Pair, like: Tensor) -> Tensor:
     return torch.cat([spread(eye, f) for f in pair])
 
 
-class BandsLayer(WeightAdapter):
+class BandsLayer(LoRALayer):
     """ΔW = s·F⁻¹ diag(BA, …, BA) F over the bands of the features, A (r, in/bands), B (out/bands, r).
 
     A low-rank change of rank bands·r with the transformed factors: transforming those costs 2r vectors a step, transforming
     inputs and outputs one for each token.
     """
 
+    dropout, bias = 0.0, None
+
     def __init__(self, config: "WaRA", site: Site):
-        super().__init__()
+        WeightAdapter.__init__(self)
         self.scale, self.levels, (self.analysis, self.synthesis) = config.scaling, config.levels, filters(config.wavelet)
         self.create(config, site, *config.band_sizes(site))
 
@@ -71,17 +74,6 @@ class BandsLayer(WeightAdapter):
     def factors(self) -> tuple[Tensor, Tensor]:
         """(A (bands·r, in), B (out, bands·r)) with ΔW = s·B A."""
         return in_bands(self.A, self.analysis, self.levels), in_bands(self.B.T, self.synthesis, self.levels).T
-
-    def merged(self, W, b):
-        A, B = self.factors()
-        return torch.addmm(W.to(A.dtype), B, A, alpha=self.scale), b
-
-    def forward(self, base, x, *args, **kwargs):
-        A, B = self.factors()
-        if base.plain:
-            return lowrank_linear(x, base.W, base.b, A, B, self.scale)
-        y = base(x, *args, **kwargs)
-        return y + self.scale * F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)).to(y.dtype)
 
 
 class TinyLayer(BandsLayer):
