@@ -2,6 +2,7 @@
 
     python benchmarks/lora_step.py                      # every variant, writes benchmarks/results/lora_step.json
     python benchmarks/lora_step.py --variants peft tunesmith --repeats 5
+    python benchmarks/lora_step.py --device cuda --steps 20
 
 The model is of the SmolLM2-135M architecture with random weights, in float32, on 4 x 256 tokens; the adapter has
 r = 16, alpha = 32 on every linear layer but the head. A step is forward, loss, backward and (but for `frozen`) AdamW.
@@ -14,6 +15,8 @@ r = 16, alpha = 32 on every linear layer but the head. A step is forward, loss, 
 Each run of a variant is a process of its own, the variants take turns, and the numbers are the medians over the
 repeats. On a machine that others use too, compare `cpu_s` with --threads 1: waiting threads spin. Memory is the
 highest resident size the kernel saw during the steps, less that of the loaded model (Linux).
+
+On a GPU the base is in bfloat16, a batch is 16 x 512 tokens, memory is what torch allocated, and all runs share a process.
 """
 
 import argparse
@@ -95,16 +98,22 @@ def resident(field):
     return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
-def run(prepare, steps, threads, layers=30):
-    """One process: the seconds and the loss of each step, and the memory in MB. `prepare(model)` as above, of one variant."""
+def run(prepare, args, layers=30):
+    """One run: the seconds and the loss of each step, and the memory in MB. `prepare(model)` as above, of one variant."""
     import torch
 
-    torch.set_num_threads(threads)
+    gpu = args.device == "cuda"
+    torch.set_num_threads(args.threads)
     model = build(layers)
+    if gpu:
+        model = model.to("cuda", torch.bfloat16)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    loaded = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the highest size so far
+    loaded = torch.cuda.memory_allocated() / 2**20 if gpu else resident("VmRSS")
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the highest size so far
     parameters, loss_of = prepare(model)
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, fused=True) if parameters else None
 
@@ -118,8 +127,8 @@ def run(prepare, steps, threads, layers=30):
 
     generator = torch.Generator().manual_seed(1)
     seconds, cpu, losses = [], [], []
-    for _ in range(steps):
-        ids = torch.randint(model.config.vocab_size, (4, 256), generator=generator)
+    for _ in range(args.steps):
+        ids = torch.randint(model.config.vocab_size, (16, 512) if gpu else (4, 256), generator=generator).to(args.device)
         start, cpu_start = time.perf_counter(), time.process_time()
         losses.append(step(ids))
         seconds.append(time.perf_counter() - start)
@@ -128,21 +137,24 @@ def run(prepare, steps, threads, layers=30):
         "seconds": seconds[1:],  # the first step warms up
         "cpu_seconds": cpu[1:],
         "losses": losses[:5],
-        "peak_mb": resident("VmHWM") - loaded,
+        "peak_mb": (torch.cuda.max_memory_allocated() / 2**20 if gpu else resident("VmHWM")) - loaded,
         "loaded_mb": loaded,
         "trained": sum(p.numel() for p in parameters),
     }
 
 
-def compare(script, variants, repeats, *arguments):
-    """Run `script --run variant` in turns; the medians of what each run printed."""
+def compare(script, variants, args, prepare_of, layers=30):
+    """Run the variants in turns, each as `script --run variant` (on a GPU, here); the medians of what each run found."""
     runs = {variant: [] for variant in variants}
-    for repeat in range(repeats):
+    for repeat in range(args.repeats):
         for variant in variants:
-            command = [sys.executable, script, "--run", variant, *map(str, arguments)]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            runs[variant].append(json.loads(output.splitlines()[-1]))
-            print(f"{repeat + 1}/{repeats} {variant}: {statistics.median(runs[variant][-1]['seconds']):.2f} s", file=sys.stderr)
+            if args.device == "cuda":
+                runs[variant].append(run(prepare_of(variant), args, layers))
+            else:
+                command = [sys.executable, script, "--run", variant, "--steps", str(args.steps), "--threads", str(args.threads)]
+                output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+                runs[variant].append(json.loads(output.splitlines()[-1]))
+            print(f"{repeat + 1}/{args.repeats} {variant}: {statistics.median(runs[variant][-1]['seconds']):.3g} s", file=sys.stderr)
     return {
         variant: {
             "step_s": statistics.median(s for r in of for s in r["seconds"]),
@@ -170,28 +182,40 @@ def ratios(results):
     return found
 
 
-def machine(threads):
+def machine(args):
+    import torch
+
     cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
-    return {"cpu": cpu[1] if cpu else "", "cores": os.cpu_count(), "threads": threads, "python": sys.version.split()[0], **versions}
+    gpu = {"gpu": torch.cuda.get_device_name()} if args.device == "cuda" else {}
+    return {**gpu, "cpu": cpu[1] if cpu else "", "cores": os.cpu_count(), "threads": args.threads, "python": sys.version.split()[0], **versions}
+
+
+def options(parser, result):
+    """The command line, with what every benchmark of a step can be told."""
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6, help="steps of each run; the first is not timed")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--output", type=Path, help=f"default: results/{result.name}, or {result.stem}_cuda.json for a GPU")
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.output = args.output or (result.with_stem(f"{result.stem}_cuda") if args.device == "cuda" else result)
+    return args
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6, help="steps of each run; the first is not timed")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=RESULT)
-    parser.add_argument("--run", choices=VARIANTS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = options(parser, RESULT)
+    prepare_of = functools.partial(functools.partial, prepare)
     if args.run:
-        print(json.dumps(run(functools.partial(prepare, args.run), args.steps, args.threads)))
+        print(json.dumps(run(prepare_of(args.run), args)))
         return
-    results = compare(__file__, args.variants, args.repeats, "--steps", args.steps, "--threads", args.threads)
+    results = compare(__file__, args.variants, args, prepare_of)
     report = {
         "command": " ".join(["python benchmarks/lora_step.py", *sys.argv[1:]]),
-        "machine": machine(args.threads),
+        "machine": machine(args),
         "repeats": args.repeats,
         "ratios": ratios(results),
         "variants": results,

@@ -2,6 +2,7 @@
 
     python benchmarks/method_step.py                       # all of them, writes benchmarks/results/method_step.json
     python benchmarks/method_step.py --methods bone vera --repeats 5
+    python benchmarks/method_step.py --device cuda --steps 20 --repeats 1
 
 The model has the first 6 layers of the SmolLM2-135M architecture, random weights, float32, 4 x 256 tokens; every linear
 layer but the head is adapted. Measured as in lora_step.py: each run is a process of its own, they take turns, medians.
@@ -13,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-from lora_step import compare, machine, run
+from lora_step import compare, machine, options, run
 
 RESULT = Path(__file__).parent / "results" / "method_step.json"
 LAYERS = 6
@@ -35,8 +36,8 @@ METHODS = {
     "fourierft": ({"n_frequency": 1000}, ("FourierFTConfig", {"n_frequency": 1000})),
     "s2-lora": ({"rank": 64}, None),
     "mola": ({"rank": 8, "experts": 4}, None),
-    "poly": ({"rank": 4, "n_skills": 4}, ("PolyConfig", {"r": 4, "n_skills": 4, "n_splits": 1})),
-    "mhr": ({"rank": 4, "n_skills": 4, "n_splits": 4}, ("PolyConfig", {"r": 4, "n_skills": 4, "n_splits": 4})),
+    "poly": ({"rank": 4, "n_skills": 4}, ("PolyConfig", {"task_type": "CAUSAL_LM", "r": 4, "n_skills": 4, "n_splits": 1})),
+    "mhr": ({"rank": 4, "n_skills": 4, "n_splits": 4}, ("PolyConfig", {"task_type": "CAUSAL_LM", "r": 4, "n_skills": 4, "n_splits": 4})),
 }
 
 
@@ -63,8 +64,12 @@ def theirs(config, arguments):
         # all linear layers by name: some of peft's methods do not know the word
         config_ = getattr(peft, config)(target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], **arguments)
         model = peft.get_peft_model(model, config_)
-        more = {"task_ids": torch.zeros(4, dtype=torch.long)} if config == "PolyConfig" else {}
-        return [p for p in model.parameters() if p.requires_grad], lambda ids: model(input_ids=ids, labels=ids, **more).loss
+
+        def loss(ids):
+            more = {"task_ids": torch.zeros(len(ids), dtype=torch.long, device=ids.device)} if config == "PolyConfig" else {}
+            return model(input_ids=ids, labels=ids, **more).loss
+
+        return [p for p in model.parameters() if p.requires_grad], loss
 
     return prepare
 
@@ -91,23 +96,18 @@ def parameters(name):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6, help="steps of each run; the first is not timed")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=RESULT)
-    parser.add_argument("--run", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = options(parser, RESULT)
     if args.run:
-        print(json.dumps(run(prepare_of(args.run), args.steps, args.threads, LAYERS)))
+        print(json.dumps(run(prepare_of(args.run), args, LAYERS)))
         return
     found = json.loads(args.output.read_text())["methods"] if args.output.exists() else {}
     for name in args.methods:
         rank = max(1, round(parameters(name) / PER_RANK))
         sides = [name, f"lora:{rank}", *([f"{name}:peft"] if METHODS[name][1] else [])]
-        results = compare(__file__, sides, args.repeats, "--steps", args.steps, "--threads", args.threads)
+        results = compare(__file__, sides, args, prepare_of, LAYERS)
         ratio = {other: {key: results[name][key] / results[other][key] for key in ("step_s", "fastest_step_s", "peak_above_model_mb")} for other in sides[1:]}
         found[name] = {"config": METHODS[name][0], "ratios": ratio, "runs": {side: {k: v for k, v in each.items() if k != "losses"} for side, each in results.items()}}
-        report = {"command": "python benchmarks/method_step.py", "machine": machine(args.threads), "repeats": args.repeats, "methods": dict(sorted(found.items()))}
+        report = {"command": "python benchmarks/method_step.py", "machine": machine(args), "repeats": args.repeats, "methods": dict(sorted(found.items()))}
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(report, indent=1) + "\n")
     print(table(found))

@@ -54,7 +54,7 @@ def logits(model, batch):
 def loss(model, batch):
     out = logits(model, batch)
     out = out.flatten(0, -2)
-    labels = torch.arange(len(out)) * 7 % min(out.shape[-1], 11)
+    labels = torch.arange(len(out), device=out.device) * 7 % min(out.shape[-1], 11)
     return nn.functional.cross_entropy(out.float(), labels)
 
 
@@ -63,7 +63,7 @@ def stir(model, seed=1, size=0.1):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in ts.trainable(model).values():
-            p.add_(size * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype))
+            p.add_(size * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p))
     return model
 
 

@@ -91,7 +91,7 @@ def write_predictions(folder: Path, data: str, rows: list[dict]) -> None:
     """predictions.jsonl (of the evaluation data) or test_predictions.jsonl, beside the untouched model's answers where known."""
     before = folder / f"{data}_base.jsonl"
     if before.exists():
-        base = [json.loads(line) for line in before.read_text(encoding="utf-8").splitlines()]
+        base = [json.loads(line) for line in before.read_text(encoding="utf-8").strip("\n").split("\n")]
         rows = [row | {"base_predicted": old["predicted"]} for row, old in zip(rows, base, strict=True)]
     write_rows(folder / ("predictions.jsonl" if data == "eval" else f"{data}_predictions.jsonl"), rows)
 
