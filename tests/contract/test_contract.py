@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import tunesmith as ts
+from tunesmith.engine.fused import common
 from tunesmith.engine.model import adapters, hubs
 from tunesmith.methods import registry
 
@@ -219,6 +220,25 @@ def test_gradient_checkpointing_keeps_the_gradients(method, kind, reentrant):
         assert (grad is None) == (saved[path] is None), path
         if grad is not None:
             torch.testing.assert_close(saved[path], grad, atol=1e-6, rtol=1e-4)
+
+
+@pairs
+def test_plain_expressions_have_the_same_gradients(method, kind, monkeypatch):
+    """What runs on a GPU that waits for Python."""
+    model, batch = build(kind, torch.float64).train(), inputs(kind, dtype=torch.float64)
+    stir(ts.adapt(model, method))
+
+    def gradients():
+        model.zero_grad(set_to_none=True)
+        loss(model, batch).backward()
+        return {path: p.grad for path, p in ts.trainable(model).items()}
+
+    by_hand = gradients()
+    monkeypatch.setattr(common, "light", lambda x, W: True)
+    for path, grad in gradients().items():
+        assert (grad is None) == (by_hand[path] is None), path
+        if grad is not None:
+            torch.testing.assert_close(grad, by_hand[path], atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", [m for m in registry])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tunesmith as ts
+from tunesmith.engine.fused import common
 from tunesmith.methods import registry
 
 from .zoo import PAIRS, build, inputs, logits, loss, stir, train
@@ -27,8 +28,10 @@ def close(found, expected, tolerance=1e-4):
     torch.testing.assert_close(found.cpu(), expected, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("light", [False, True])
 @pairs
-def test_gradients_and_steps_are_those_of_the_cpu(method, kind):
+def test_gradients_and_steps_are_those_of_the_cpu(method, kind, light, monkeypatch):
+    monkeypatch.setattr(common, "light", lambda x, W: light)
     here, batch = build(kind).train(), inputs(kind)
     stir(ts.adapt(here, method))
     gpu = copy.deepcopy(here).cuda()
@@ -55,11 +58,11 @@ def test_adapted_trained_merged_and_saved_there(method, kind, tmp_path):
     expected = logits(model, batch)
     ts.save(model, tmp_path / "a")
     close(logits(ts.load(build(kind), tmp_path / "a"), inputs(kind)), expected.cpu())
-    assert torch.equal(logits(ts.load(build(kind).cuda(), tmp_path / "a"), batch), expected)
+    close(logits(ts.load(build(kind).cuda(), tmp_path / "a"), batch), expected.cpu(), 1e-6)  # atomic sums come in any order
     if registry[method].mergeable:
         close(logits(ts.merge(model), batch), expected.cpu())
         ts.unmerge(model)
-        assert torch.equal(logits(model, batch), expected)
+        close(logits(model, batch), expected.cpu(), 1e-6)
 
 
 @pairs

@@ -6,6 +6,7 @@ after its class's own forward and the one here agreed bit for bit on random inpu
 
 import copyreg
 import functools
+import weakref
 from types import SimpleNamespace
 
 import torch
@@ -151,12 +152,18 @@ def _lean_class(cls: type, forward) -> type:
 copyreg.pickle(_Lean, lambda cls: (_lean_class, cls._lean))
 
 
+_done: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
 def lean(model: nn.Module) -> nn.Module:
     """Let the model's RMSNorms and SiLU-gated MLPs keep less for backward; outputs stay the same bit for bit.
 
     In place, returns the model. Modules keep their identity, class name and state_dict keys; modules with an adapter
     of their own, or a forward of their own instance, are left alone. Doing it twice is doing it once.
     """
+    if model in _done:
+        return model
+    _done.add(model)
     found: dict[tuple, object] = {}
     for module in model.modules():
         cls = type(module)
@@ -172,6 +179,7 @@ def lean(model: nn.Module) -> nn.Module:
 
 def unlean(model: nn.Module) -> nn.Module:
     """Undo `lean`."""
+    _done.discard(model)
     for module in model.modules():
         if isinstance(type(module), _Lean):
             module.__class__ = type(module)._lean[0]

@@ -9,7 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from ..engine.adapter import WeightAdapter
-from ..engine.fused import spectral_linear
+from ..engine.fused import forms, spectral_linear
 from ..engine.sites import Site, sites
 from ..errors import TunesmithError
 from .method import Method, Seed, empty
@@ -63,7 +63,7 @@ class FourierFTLayer(WeightAdapter):
         return W + self.scaling * torch.fft.ifft2(F).real, b
 
     def forward(self, base, x, *args, **kwargs):
-        if base.site.kind != "linear":
+        if base.site.kind != "linear" or forms(x, base.W):
             return super().forward(base, x, *args, **kwargs)
         return base(x, *args, **kwargs) + spectral_linear(x, self.spectrum, self.rows, self.columns, self.shape[0], self.scaling)
 

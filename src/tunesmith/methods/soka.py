@@ -8,7 +8,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from ..engine.adapter import WeightAdapter
-from ..engine.fused import remade
+from ..engine.fused import forms, remade
 from ..engine.sites import Site, sites
 from ..errors import TunesmithError
 from .method import Method, Rank, divisor, empty
@@ -139,7 +139,7 @@ class SoKALayer(WeightAdapter):
     def forward(self, base, x, *args, **kwargs):
         if base.site.kind == "embedding":
             change = self._columns(x)
-        elif base.site.kind == "linear" and self._by_token(x):
+        elif base.site.kind == "linear" and self._by_token(x) and not forms(x, base.W):
             change = remade(x, self.products, list(self.parameters()))
         else:
             return super().forward(base, x, *args, **kwargs)

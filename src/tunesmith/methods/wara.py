@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..engine.adapter import Adapter, WeightAdapter
-from ..engine.fused import remade
+from ..engine.fused import forms, remade
 from ..engine.sites import Site, float_dtype
 from ..errors import TunesmithError, nearest
 from .lora import LoRALayer
@@ -212,6 +212,8 @@ class SparseLayer(WeightAdapter):
             return self.synthesis(c, self.shape[0]).to(x.dtype)
 
     def forward(self, base, x, *args, **kwargs):
+        if forms(x, base.W):
+            return super().forward(base, x, *args, **kwargs)
         y = base(x, *args, **kwargs)
         return y + remade(x, self.change, [self.spectrum]).to(y.dtype)
 

@@ -1,0 +1,55 @@
+"""What the claims about accuracy share: MiniLM, ten examples of each of Banking77's 77 intents, and how two sides are told apart."""
+
+import json
+import statistics
+from pathlib import Path
+
+from tunesmith.bench.claims import spread
+from tunesmith.bench.compare import compare
+
+BASE = {"data": "banking77", "test": "banking77", "model": "minilm", "per_label": 10, "holdout": 0.05, "epochs": 6, "batch_size": 16, "eval_every": 10_000}
+RATES, SEEDS = ["0.3x", "1x", "3x"], [0, 1, 2]
+FOLDER = Path("runs/few-shot")
+LIMITS = "a 22M encoder on ten examples of each of 77 intents, six epochs, the rate chosen among three on held-out data; the paper's models are 300 times as large"
+
+
+def few_shot(*methods: dict, **changed) -> list[dict]:
+    """A row of `compare` for each method, at its best rate; runs that the folder holds already are not done again."""
+    result = compare(list(methods), BASE | changed, FOLDER, SEEDS, rates=RATES, jobs=2)
+    if result["failures"]:
+        raise SystemExit(result["failures"][0]["reason"])
+    return result["rows"]
+
+
+def values(row: dict) -> list[float]:
+    return [run["value"] for run in row["runs"]]
+
+
+def logged(row: dict, key: str) -> list[list[float]]:
+    """What each run logged under `key` while it trained."""
+    lines = ([json.loads(line) for line in (FOLDER / run["folder"] / "metrics.jsonl").read_text().split("\n") if line] for run in row["runs"])
+    return [[line[key] for line in each if key in line] for each in lines]
+
+
+def error(a: list[float], b: list[float]) -> float:
+    """Standard error of the difference of two means."""
+    return sum(statistics.variance(side) / len(side) for side in (a, b)) ** 0.5
+
+
+def above(a: list[float], b: list[float]) -> bool:
+    """Whether a's mean exceeds b's by more than twice the standard error of the difference."""
+    return statistics.mean(a) - statistics.mean(b) > 2 * error(a, b)
+
+
+def about(a: list[float], b: list[float], margin: float = 0.01) -> bool:
+    """Whether a's mean is no more than `margin` below b's."""
+    return statistics.mean(a) >= statistics.mean(b) - margin
+
+
+def percent(side: list[float]) -> str:
+    return f"{100 * statistics.mean(side):.1f} ± {100 * statistics.stdev(side):.1f}%"
+
+
+def accuracies(rows: dict[str, dict]) -> dict:
+    """`measured` of a claim about accuracy."""
+    return {name: spread(values(row)) | {"trainable": row["trainable"], "lr": row["method"]["lr"]} for name, row in rows.items()}
