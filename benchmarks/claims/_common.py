@@ -4,6 +4,8 @@ import json
 import statistics
 from pathlib import Path
 
+import tunesmith as ts
+from tunesmith import models
 from tunesmith.bench.claims import spread
 from tunesmith.bench.compare import compare
 
@@ -13,12 +15,18 @@ FOLDER = Path("runs/few-shot")
 LIMITS = "a 22M encoder on ten examples of each of 77 intents, six epochs, the rate chosen among three on held-out data; the paper's models are 300 times as large"
 
 
-def few_shot(*methods: dict, **changed) -> list[dict]:
+def few_shot(sides: dict[str, dict]) -> dict[str, dict]:
     """A row of `compare` for each method, at its best rate; runs that the folder holds already are not done again."""
-    result = compare(list(methods), BASE | changed, FOLDER, SEEDS, rates=RATES, jobs=2)
+    result = compare(list(sides.values()), BASE, FOLDER, SEEDS, rates=RATES, jobs=2)
     if result["failures"]:
         raise SystemExit(result["failures"][0]["reason"])
-    return result["rows"]
+    return dict(zip(sides, result["rows"], strict=True))
+
+
+def parameters(method: dict) -> int:
+    """Those of the adapter on MiniLM, without the classification head."""
+    model, _ = models.load(BASE["model"], "classification", labels=["a", "b"])
+    return ts.summary(ts.adapt(model, method)).trainable
 
 
 def values(row: dict) -> list[float]:
@@ -52,4 +60,4 @@ def percent(side: list[float]) -> str:
 
 def accuracies(rows: dict[str, dict]) -> dict:
     """`measured` of a claim about accuracy."""
-    return {name: spread(values(row)) | {"trainable": row["trainable"], "lr": row["method"]["lr"]} for name, row in rows.items()}
+    return {name: spread(values(row)) | {"parameters": parameters({k: v for k, v in row["method"].items() if k != "lr"}), "lr": row["method"]["lr"]} for name, row in rows.items()}

@@ -2,7 +2,7 @@
 
     python benchmarks/claims/hut.py
 
-Operations are counted, not timed: those of the adapter alone, forward and backward, for one step of BATCH tokens, from the
+Operations are counted, not timed: those of the adapter alone, forward and backward, for one step of TOKENS tokens, from the
 shapes of MiniLM's layers. HUT forms W ∘ (1 + B A) whatever the tokens; but its gradient needs that of the whole weight, so
 that over a training step it saves nothing. Both counts are given.
 """
@@ -14,7 +14,7 @@ from tunesmith import models
 from tunesmith.bench.claims import claim
 from tunesmith.engine.sites import sites
 
-SIDES = {"hut": {"method": "hut", "rank": 8}, "lora": {"method": "lora", "rank": 8}}
+SIDES = {"hut": {"method": "hut", "rank": 7}, "lora": {"method": "lora", "rank": 8}}
 TOKENS = 32 * 128
 
 
@@ -24,20 +24,20 @@ def shapes(method: dict) -> list[tuple[int, int]]:
     return [site.shape for site in sites(model) if site.path in places and site.kind == "linear"]
 
 
-def operations(r: int) -> dict[str, tuple[float, float]]:
+def operations() -> dict[str, tuple[float, float]]:
     """(forward, forward and backward) of the adapters on every layer, in multiply-adds."""
-    hut, lora = [0, 0], [0, 0]
-    for out, size in shapes(SIDES["lora"]):
-        hut[0] += r * out * size + 2 * out * size + TOKENS * out
-        hut[1] += 3 * r * out * size + 5 * out * size + 3 * TOKENS * out + TOKENS * out * size
-        lora[0] += TOKENS * r * (out + size)
-        lora[1] += 3 * TOKENS * r * (out + size)
-    return {"hut": tuple(hut), "lora": tuple(lora)}
+    hut, lora, places = SIDES["hut"]["rank"], SIDES["lora"]["rank"], shapes(SIDES["lora"])
+    matrix, ends = sum(out * size for out, size in places), sum(out + size for out, size in places)
+    affine = TOKENS * sum(out for out, _ in places)
+    return {
+        "hut": ((hut + 1) * matrix + affine, (3 * hut + 2) * matrix + 3 * affine + TOKENS * matrix),
+        "lora": (TOKENS * lora * ends, 3 * TOKENS * lora * ends),
+    }
 
 
 def main():
-    rows = dict(zip(SIDES, few_shot(*SIDES.values()), strict=True))
-    found, count = {name: values(row) for name, row in rows.items()}, operations(8)
+    rows = few_shot(SIDES)
+    found, count = {name: values(row) for name, row in rows.items()}, operations()
     forward, step = (count["hut"][i] / count["lora"][i] for i in (0, 1))
     measured = accuracies(rows)
     for name, (one, both) in count.items():

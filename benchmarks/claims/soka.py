@@ -7,12 +7,12 @@ Steadiness is the standard deviation of the gradient's norm over its mean, after
 
 import statistics
 
-from _common import LIMITS, about, accuracies, few_shot, logged, percent, spread, values
+from _common import LIMITS, about, accuracies, few_shot, logged, parameters, percent, spread, values
 from _common import above as larger
 
 from tunesmith.bench.claims import claim
 
-SIDES = {"soka": {"method": "soka", "rank": 6}, "lora": {"method": "lora", "rank": 1}, "pissa": {"method": "pissa", "rank": 1}}
+SIDES = {"soka": {"method": "soka", "rank": 3}, "lora": {"method": "lora", "rank": 4}, "pissa": {"method": "pissa", "rank": 4}}
 PAPER = "SoKA (arXiv 2506.15251)"
 
 
@@ -22,9 +22,9 @@ def unsteadiness(norms: list[float]) -> float:
 
 
 def main():
-    rows = dict(zip(SIDES, few_shot(*SIDES.values()), strict=True))
+    rows = few_shot(SIDES)
     found, others = {name: values(row) for name, row in rows.items()}, ("lora", "pissa")
-    share = rows["soka"]["trainable"] / rows["lora"]["trainable"]
+    share = parameters(SIDES["soka"]) / parameters(SIDES["lora"])
     claim(
         PAPER,
         "SoKA matches or exceeds LoRA and PiSSA with 25% fewer parameters",

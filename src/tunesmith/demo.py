@@ -1,6 +1,5 @@
 """`make demo`: the main job on the sample data set, a few minutes on two cores. Ends by naming the report to open."""
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -9,6 +8,7 @@ from .bench.compare import compare
 from .errors import TunesmithError
 from .files import atomic_write
 from .train.display import Display
+from .train.folder import read_rows
 from .train.loop import run
 from .train.recipe import check
 from .train.render import render
@@ -44,12 +44,8 @@ def main() -> None:
 
 def answers(folder: Path) -> list[tuple[str, str, str]]:
     """(message, answer of the untouched model, answer of the adapted one), from the run's files."""
-
-    def rows(name):
-        return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
-
-    before = {row["input"]: row["predicted"] for row in rows("eval_base.jsonl")}
-    return [(row["input"], before.get(row["input"], ""), row["predicted"]) for row in rows("predictions.jsonl")]
+    before = {row["input"]: row["predicted"] for row in read_rows(folder / "eval_base.jsonl")}
+    return [(row["input"], before.get(row["input"], ""), row["predicted"]) for row in read_rows(folder / "predictions.jsonl")]
 
 
 if __name__ == "__main__":

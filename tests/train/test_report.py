@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tunesmith.errors import TunesmithError
+from tunesmith.train import folder as run_folder
 from tunesmith.train import render, report, svg
 
 HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "a & b", "{{ 7 * 7 }}", "ümläut ', \u202e", "\ud800 half"]
@@ -269,3 +270,10 @@ def test_thin_keeps_both_ends():
 )  # fmt: skip
 def test_numbers_as_people_read_them(write, value, text):
     assert write(value) == text
+
+
+def test_predictions_of_any_text_are_read_back(tmp_path):
+    rows = [{"input": text, "predicted": text[::-1]} for text in ("one\u2028two", "a\x85b", "\x0b\x0c\x1c", 'line\nbreak "quoted"')]
+    run_folder.write_rows(tmp_path / "eval_base.jsonl", rows)
+    run_folder.write_predictions(tmp_path, "eval", rows)
+    assert run_folder.read_rows(tmp_path / "predictions.jsonl") == [row | {"base_predicted": row["predicted"]} for row in rows]

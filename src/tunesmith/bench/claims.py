@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import TunesmithError, nearest
 from ..files import atomic_write
+from ..train.folder import read_rows
 
 
 def claim(paper: str, claim: str, reported: str, summary: str, measured: dict[str, Any], seeds: int, holds: bool, limits: str = "") -> None:
@@ -43,8 +44,7 @@ def results(folder: Path, wanted: list[str] | None = None) -> list[dict]:
     rows = []
     for name in _known(folder, wanted):
         file = _file(folder, name)
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        rows += [{"experiment": name, **json.loads(line)} for line in lines] or [{
+        rows += [{"experiment": name, **row} for row in read_rows(file)] or [{
             "experiment": name, "paper": "", "claim": _title(folder / f"{name}.py"), "reported": "", "summary": "", "measured": {}, "seeds": 0, "holds": None, "limits": "",
         }]  # fmt: skip
     return rows

@@ -21,9 +21,10 @@ from ..errors import TunesmithError
 from ..files import atomic_write
 from ..methods import parse
 from ..train import recipe as recipes
+from ..train.folder import read_rows
 from ..train.recipe import Recipe
 from ..train.render import method_label
-from ..train.report import median_speed, read_lines
+from ..train.report import median_speed
 from . import page
 
 COSTS = ("trainable", "train_s", "peak_mb")
@@ -223,7 +224,7 @@ def _measures(run: dict) -> dict:
         **{key: summary["params"].get(key) for key in ("trainable", "total", "percent", "bytes")},
         "train_s": summary.get("train_s", summary["time_s"]),
         **{key: summary.get(key) for key in ("time_s", "peak_mb", "epochs", "steps")},
-        "tokens_per_s": median_speed(read_lines(run["folder"] / "metrics.jsonl")),
+        "tokens_per_s": median_speed(read_rows(run["folder"] / "metrics.jsonl")),
     }  # fmt: skip
 
 

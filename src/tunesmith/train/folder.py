@@ -87,12 +87,26 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def read_rows(path: Path) -> list[dict]:
+    """What `write_rows` wrote; a last line cut short by a killed run is left out."""
+    if not path.exists():
+        return []
+    rows, lines = [], path.read_text(encoding="utf-8").split("\n")
+    for i, line in enumerate(lines):
+        try:
+            if line.strip():
+                rows.append(json.loads(line))
+        except ValueError as error:
+            if i < len(lines) - 1:
+                raise TunesmithError(f"{path}, line {i + 1} is not JSON ({error})") from error
+    return rows
+
+
 def write_predictions(folder: Path, data: str, rows: list[dict]) -> None:
     """predictions.jsonl (of the evaluation data) or test_predictions.jsonl, beside the untouched model's answers where known."""
     before = folder / f"{data}_base.jsonl"
     if before.exists():
-        base = [json.loads(line) for line in before.read_text(encoding="utf-8").strip("\n").split("\n")]
-        rows = [row | {"base_predicted": old["predicted"]} for row, old in zip(rows, base, strict=True)]
+        rows = [row | {"base_predicted": old["predicted"]} for row, old in zip(rows, read_rows(before), strict=True)]
     write_rows(folder / ("predictions.jsonl" if data == "eval" else f"{data}_predictions.jsonl"), rows)
 
 

@@ -13,6 +13,7 @@ import yaml
 from ..errors import TunesmithError
 from ..files import atomic_write
 from . import svg
+from .folder import read_rows
 from .render import model_name, number, render
 
 HEAT_MAP_LABELS = 40
@@ -27,21 +28,6 @@ def _json(path: Path) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise TunesmithError(f"{path} is not JSON ({error}): it was changed by hand or cut short") from error
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The objects of a JSON-lines file; a last line cut short by a killed run is left out."""
-    if not path.exists():
-        return []
-    rows, lines = [], path.read_text(encoding="utf-8").split("\n")
-    for i, line in enumerate(lines):
-        try:
-            if line.strip():
-                rows.append(json.loads(line))
-        except ValueError as error:
-            if i < len(lines) - 1:
-                raise TunesmithError(f"{path}, line {i + 1} is not JSON ({error})") from error
-    return rows
 
 
 def _finite(points: list[tuple]) -> list[tuple[float, float]]:
@@ -215,11 +201,11 @@ def write(run_folder: str | Path) -> Path:
     summary = _json(folder / "summary.json")
     if not recipe and not summary:
         raise TunesmithError(f"{folder} holds no run: it has neither recipe.yaml nor summary.json")
-    log = read_lines(folder / "metrics.jsonl")
+    log = read_rows(folder / "metrics.jsonl")
     logs, evals = [row for row in log if "loss" in row], [row for row in log if "eval" in row]
     # The test data, where there is some, chose nothing: its predictions say more.
     tested = (folder / "test_predictions.jsonl").exists()
-    predictions = read_lines(folder / ("test_predictions.jsonl" if tested else "predictions.jsonl"))
+    predictions = read_rows(folder / ("test_predictions.jsonl" if tested else "predictions.jsonl"))
     graded = [row["correct"] for row in predictions if isinstance(row.get("correct"), bool)]
     method = summary.get("method") or recipe.get("method") or "?"
     task, metric = summary.get("task") or recipe.get("task"), summary.get("metric")
