@@ -6,13 +6,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import AdaLoraConfig, IA3Config, LNTuningConfig, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    FourierFTConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    MissConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from safetensors.torch import load_file
 from torch import nn
 
 import tunesmith as ts
 from tests import tiny
+from tunesmith.engine.model import adapters
 from tunesmith.methods.peft_targets import patterned, target_paths
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -48,14 +61,17 @@ class Ends(nn.Module):
         return self.norm(self.q(x) + self.a["norm"](self.a["q"](x)) + self.b["norm"](self.b["q"](x)))
 
 
+def output(model, kind):
+    if kind in ("moe", "ends"):
+        return model(torch.linspace(-1, 1, 24).view(3, 8))
+    if kind == "convnet":
+        return model(tiny.batch(kind)["pixel_values"])
+    return model(**tiny.batch("llama" if kind == "tied" else kind)).logits
+
+
 def logits(model, kind):
-    model.eval()
     with torch.no_grad():
-        if kind in ("moe", "ends"):
-            return model(torch.linspace(-1, 1, 24).view(3, 8))
-        if kind == "convnet":
-            return model(tiny.batch(kind)["pixel_values"])
-        return model(**tiny.batch("llama" if kind == "tied" else kind)).logits
+        return output(model.eval(), kind)
 
 
 def close(a, b):
@@ -84,6 +100,8 @@ def by_peft(kind, config, folder, name="default"):
 def lora(*targets, **fields):
     return LoraConfig(target_modules=list(targets), r=4, lora_alpha=6, **fields)
 
+
+LINEAR = ["q_proj", "v_proj", "down_proj"]
 
 # name: (model, what peft is told)
 PEFT = {
@@ -146,6 +164,25 @@ PEFT = {
     "prompt t5": ("t5", lambda: PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3, num_transformer_submodules=1)),
     "prefix": ("llama", lambda: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
     "prefix gpt2": ("gpt2", lambda: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
+    "miss plain": ("llama", lambda: MissConfig(r=8, target_modules=LINEAR)),
+    "miss padded": ("llama", lambda: MissConfig(r=7, target_modules=LINEAR)),
+    "miss bat": ("llama", lambda: MissConfig(r=8, target_modules=LINEAR, init_weights="bat")),
+    "miss bat with a dropout that does nothing": ("llama", lambda: MissConfig(r=8, target_modules=LINEAR, init_weights="bat", miss_dropout=0.1)),
+    "miss mini": ("llama", lambda: MissConfig(r=7, target_modules=LINEAR, init_weights="mini", mini_r=4)),
+    "miss mini at its default": ("llama", lambda: MissConfig(r=8, target_modules=LINEAR, init_weights="mini")),
+    "miss dropout": ("llama", lambda: MissConfig(r=8, target_modules=["q_proj"], miss_dropout=0.3)),
+    "miss regex": ("llama", lambda: MissConfig(r=8, target_modules=r".*layers\.1.*(q|up)_proj")),
+    "miss modules_to_save": ("bert", lambda: MissConfig(r=8, target_modules=["query", "value"], task_type="SEQ_CLS")),
+    "miss random start": ("llama", lambda: MissConfig(r=8, target_modules=LINEAR, init_weights=False)),
+    "vera": ("llama", lambda: VeraConfig(target_modules=["q_proj", "v_proj", "down_proj"], r=6, projection_prng_key=9, d_initial=0.3)),
+    "vera gpt2": ("gpt2", lambda: VeraConfig(target_modules=["c_attn", "mlp.c_proj"], r=5)),
+    "vera bert": ("bert", lambda: VeraConfig(target_modules=["query", "dense"], r=3, task_type="SEQ_CLS", layers_to_transform=[1])),
+    "fourierft": ("llama", lambda: FourierFTConfig(target_modules=["q_proj", "v_proj"], n_frequency=30, scaling=20.0, random_loc_seed=4)),
+    "fourierft gpt2": ("gpt2", lambda: FourierFTConfig(target_modules=["c_attn", "c_fc"], n_frequency=30, scaling=20.0, init_weights=True)),
+    "fourierft pattern": ("llama", lambda: FourierFTConfig(target_modules=["q_proj", "v_proj"], n_frequency=30, scaling=20.0, n_frequency_pattern={"1.self_attn.q_proj": 7})),
+    "fourierft bert": ("bert", lambda: FourierFTConfig(target_modules=["query"], n_frequency=30, scaling=20.0, task_type="SEQ_CLS")),
+    "olora": ("llama", lambda: lora("q_proj", "v_proj", "down_proj", init_lora_weights="olora")),
+    "olora rslora": ("bert", lambda: lora("query", init_lora_weights="olora", use_rslora=True)),
 }  # fmt: skip
 
 
@@ -171,6 +208,14 @@ def test_reads_what_peft_wrote_and_writes_it_back(case, tmp_path):
     again = PeftModel.from_pretrained(BUILDERS[kind](), tmp_path / "ours")
     close(logits(again, kind), expected)
     assert torch.equal(logits(ts.load(BUILDERS[kind](), tmp_path / "ours"), kind), logits(model, kind))
+
+
+def test_projections_that_the_file_leaves_out_are_drawn_again_to_the_bit(tmp_path):
+    kind, config = PEFT["vera"]
+    expected = by_peft(kind, config(), tmp_path)
+    model = ts.load(BUILDERS[kind](), tmp_path)
+    assert not any(a.projections.state_dict() for a in adapters(model, "default").values() if hasattr(a, "projections"))
+    close(logits(model, kind), expected)
 
 
 # name: (model, what tunesmith is told)
@@ -213,6 +258,23 @@ OWN = {
     "prompt bert": ("bert", {"method": "prompt-tuning", "tokens": 3, "modules_to_save": ["classifier"]}),
     "prefix": ("llama", {"method": "prefix-tuning", "tokens": 3}),
     "prefix gpt2": ("gpt2", {"method": "prefix-tuning", "tokens": 3}),
+    "miss": ("llama", {"method": "miss", "rank": 8, "dropout": 0.2}),
+    "bone": ("llama", {"method": "bone", "rank": 7}),
+    "bat": ("llama", {"method": "bat", "rank": 16}),
+    "miss mini": ("llama", {"method": "miss", "rank": 8, "init_weights": "mini", "mini_r": 16}),
+    "bone where every layer has 32 inputs": ("llama", {"method": "bone", "targets": ["q_proj", "up_proj"]}),
+    "miss bert": ("bert", {"method": "miss", "rank": 8, "modules_to_save": ["classifier"]}),
+    "vera": ("llama", {"method": "vera", "projection_prng_key": 3}),
+    "vera gpt2": ("gpt2", {"method": "vera", "rank": 4}),
+    "vera bert": ("bert", {"method": "vera", "rank": 4, "modules_to_save": ["classifier"]}),
+    "vera one of two ends": ("ends", {"method": "vera", "rank": 4, "targets": ["^q", "^b.q"]}),
+    "fourierft": ("llama", {"method": "fourierft", "modules_to_save": ["lm_head"]}),  # another α in every shape
+    "fourierft t5": ("t5", {"method": "fourierft", "n_frequency": 600, "init": "zeros"}),
+    "fourierft ends": ("ends", {"method": "fourierft", "scaling": 9, "targets": {"^q": {"n_frequency": 7}, "^a.q": {"n_frequency": 9}, "^b.q": {"n_frequency": 12}}}),
+    "gradient": ("llama", {"method": "lora", "init": "gradient", "targets": {"q_proj": {"rank": 2}, "down_proj": {"rank": 5, "alpha": 4}, "up_proj": {}}}),
+    "gradient rslora": ("gpt2", {"method": "rslora", "init": "gradient", "bias": "all"}),
+    "gradient dora": ("llama", {"method": "dora", "init": "gradient", "rank": 2}),
+    "olora": ("llama", {"method": "lora", "init": "olora", "rank": 4}),
 }  # fmt: skip
 
 
@@ -220,13 +282,14 @@ OWN = {
 def test_peft_reads_what_tunesmith_wrote(case, tmp_path):
     kind, method = OWN[case]
     torch.manual_seed(0)
-    model = ts.adapt(BUILDERS[kind](), method)
+    model = ts.adapt(BUILDERS[kind](), method, calibrate=lambda model: output(model, kind).square().mean().backward())
     stir(ts.trainable(model).values())
     ts.save(model, tmp_path / "ours", format="peft")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*missing adapter keys.*")
         theirs = PeftModel.from_pretrained(BUILDERS[kind](), tmp_path / "ours")
     close(logits(theirs, kind), logits(model, kind))
+    close(logits(ts.load(BUILDERS[kind](), tmp_path / "ours"), kind), logits(model, kind))
     theirs.save_pretrained(tmp_path / "theirs")
     before, after = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("ours", "theirs"))
     assert before.keys() == {k for k in after if "base_layer.weight" not in k}
@@ -283,7 +346,9 @@ def tree(paths):
             },
         ),
     ),
-    st.fixed_dictionaries({}, optional={"exclude_modules": SUFFIXES | REGEXES, "modules_to_save": st.lists(st.sampled_from(["q", "experts", "layers.1", "h"]), max_size=2)}),
+    st.fixed_dictionaries(
+        {}, optional={"exclude_modules": SUFFIXES | REGEXES, "modules_to_save": st.lists(st.sampled_from(["q", "experts", "layers.1", "h"]), max_size=2)}
+    ),
 )
 def test_chooses_the_layers_that_peft_chooses(paths, targets, others):
     fields = targets | others
