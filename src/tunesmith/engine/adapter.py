@@ -5,6 +5,7 @@ active adapters around the original one, and the adapters live in `module.tunesm
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -33,19 +34,18 @@ class Adapter(nn.Module):
     @classmethod
     def mixed(cls, base: "Base", rows: list["Adapter | None"], *args, **kwargs):
         """One adapter per row of the batch. Rows of the same adapter run together; override where rows interact."""
-        state, outputs, indices = base.site.holder.tunesmith.state, [], []
+        state = base.site.holder.tunesmith.state
         names, tasks = state.rows, state.tasks
+
+        def run(adapter, chosen, *args, **kwargs):
+            state.rows = [names[i] for i in chosen]  # for the modules inside
+            state.tasks = None if tasks is None else tasks[chosen]
+            return adapter(base, *args, **kwargs) if adapter else base(*args, **kwargs)
+
         try:
-            for adapter in dict.fromkeys(rows):
-                chosen = [i for i, other in enumerate(rows) if other is adapter]
-                part_args, part_kwargs, index = _take((args, kwargs), chosen, len(rows))
-                state.rows = [names[i] for i in chosen]  # for the modules inside
-                state.tasks = None if tasks is None else tasks[chosen]
-                outputs.append(adapter(base, *part_args, **part_kwargs) if adapter else base(*part_args, **part_kwargs))
-                indices.append(index)
+            return apart(rows, run, args, kwargs)
         finally:
             state.rows, state.tasks = names, tasks
-        return _put(outputs, torch.cat(indices))
 
 
 class WeightAdapter(Adapter):
@@ -229,14 +229,23 @@ def _attention(module, values, hubs, forward, args, kwargs):
 
 
 def _mixed_attention(module, hubs, forward, args, kwargs):
-    state = hubs[0].state
-    outputs, indices = [], []
     if not module.batch_first:
         raise TunesmithError("a mixed batch through nn.MultiheadAttention needs batch_first=True")
-    for name in dict.fromkeys(state.rows):
-        part_args, part_kwargs, index = _take((args, kwargs), [i for i, n in enumerate(state.rows) if n == name], len(state.rows))
+
+    def run(name, _, *args, **kwargs):
         values = [fold(h.adapters[name], h.site, h.site.values, 1) if name in h.adapters else h.site.values for h in hubs]
-        outputs.append(_attention(module, values, hubs, forward, part_args, part_kwargs))
+        return _attention(module, values, hubs, forward, args, kwargs)
+
+    return apart(hubs[0].state.rows, run, args, kwargs)
+
+
+def apart(keys: list, run: Callable, args: tuple, kwargs: dict):
+    """`run(key, its rows, *args, **kwargs)` for each distinct key on its rows of the batch; the outputs in the batch's order."""
+    outputs, indices = [], []
+    for key in dict.fromkeys(keys):
+        chosen = [i for i, other in enumerate(keys) if other == key]
+        part_args, part_kwargs, index = _take((args, kwargs), chosen, len(keys))
+        outputs.append(run(key, chosen, *part_args, **part_kwargs))
         indices.append(index)
     return _put(outputs, torch.cat(indices))
 

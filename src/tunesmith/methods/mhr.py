@@ -6,7 +6,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from ..engine.adapter import WeightAdapter
+from ..engine.adapter import WeightAdapter, apart
 from ..engine.fused import grouped_change, grouped_lowrank_linear
 from ..engine.model import Record, attach, detach, hubs, record_of, unwrap
 from ..engine.sites import Site
@@ -85,16 +85,16 @@ class PolyLayer(LoRALayer):
     def _by_task(self, base, x, tasks):
         """The rows of each task apart, put together again."""
         state = self.site.holder.tunesmith.state
-        ids, before = state.tasks_of(len(x)), state.tasks
-        parts, rows = [], []
+        before = state.tasks
+
+        def run(task, _, x):
+            state.tasks = torch.tensor([task])
+            return super(PolyLayer, self).forward(base, x)
+
         try:
-            for task in sorted(set(tasks)):
-                rows.append((ids == task).nonzero()[:, 0].to(x.device))
-                state.tasks = torch.tensor([task])
-                parts.append(super().forward(base, x[rows[-1]]))
+            return apart(tasks, run, (x,), {})
         finally:
             state.tasks = before
-        return torch.cat(parts)[torch.cat(rows).argsort()]
 
 
 def logistic(like: Tensor) -> Tensor:
