@@ -1,6 +1,7 @@
 """Every command and program in the documentation runs."""
 
 import csv
+import json
 import os
 import re
 import shlex
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tunesmith import data
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -38,6 +41,13 @@ def test_commands(tmp_path):
     assert len(commands) >= 8
     for command in commands:
         run([sys.executable, "-m", *shlex.split(command)], tmp_path)
+
+
+@pytest.mark.skipif(not (MATH := ROOT.parent / "shared" / "data" / "math").is_dir(), reason="needs the data sets beside the project")
+def test_word_problems_are_those_that_were_trained_on(tmp_path):
+    run([sys.executable, str(ROOT / "docs" / "runs" / "word_problems.py"), str(MATH), "problems.jsonl"], tmp_path)
+    trained = json.loads((ROOT / "docs" / "runs" / "addsub" / "data.json").read_text(encoding="utf-8"))
+    assert data.fingerprint(data.load(tmp_path / "problems.jsonl")) == trained["fingerprint"]
 
 
 def test_pages_link_to_what_exists():

@@ -60,7 +60,7 @@ def compare(
     overwrite: train anew what `output` holds under another recipe.
     progress: told the events of every run (see `train.run`).
     rates: learning rates, such as 2e-3 or, as multiples of the method's own default, "0.3x". Each method that names none gets
-    the one that does best on the evaluation data with the first seed; those runs are a comparison of their own, in `output`/rates.
+    the one that does best on the evaluation data with the first seed; those runs are one comparison of their own, in `output`/rates.
     jobs: so many runs at once, each with its share of the cores: sooner done, but the runs' times then depend on each other.
 
     A run that `output` holds already under the same recipe and data is not trained again, and one that was cut off goes
@@ -72,7 +72,7 @@ def compare(
         base = base.model_dump(mode="json", exclude_unset=True)
     base = {key: value for key, value in base.items() if key not in ("method", "output")}
     if rates:
-        methods = [_at_best_rate(method, base, rates, output, (seeds or [None])[:1], overwrite, tell, jobs) for method in methods]
+        methods = _at_best_rates(methods, base, rates, output, (seeds or [None])[:1], overwrite, tell, jobs)
     runs = [_plan(base, method, seed, output) for method in methods for seed in (seeds or [None])]
     if not runs:
         raise TunesmithError("compare needs at least one method")
@@ -118,20 +118,24 @@ def _briefly(title: str, event: dict, tell) -> None:
         tell({"event": "note", "text": f"{title}: {event['text']}"})
 
 
-def _at_best_rate(method: str | dict, base: dict, rates: list[float | str], output: Path, seeds: list, overwrite: bool, tell, jobs: int) -> dict:
-    """The method with the one of `rates` that does best on the evaluation data (the first of several)."""
-    method = {"method": method} if isinstance(method, str) else method
-    if "lr" in method:
-        return method
+def _at_best_rates(methods: list[str | dict], base: dict, rates: list[float | str], output: Path, seeds: list, overwrite: bool, tell, jobs: int) -> list[dict]:
+    """Each method with the one of `rates` that does best on the evaluation data (the first of several)."""
     base = {key: value for key, value in base.items() if key != "test"}
-    default = parse(method).default_lr
-    rates = [float(f"{default * float(rate[:-1]):.3g}") if isinstance(rate, str) else rate for rate in rates]
-    rows = compare([method | {"lr": rate} for rate in rates], base, output / "rates" / _file_name(method_label(method)), None if seeds == [None] else seeds, overwrite, tell, jobs=jobs)
+    methods = [{"method": method} if isinstance(method, str) else method for method in methods]
+    tried = [[method] if "lr" in method else [method | {"lr": rate} for rate in _scaled(rates, parse(method).default_lr)] for method in methods]
+    trials = [method for each in tried if len(each) > 1 for method in each]
+    rows = compare(trials, base, output / "rates", None if seeds == [None] else seeds, overwrite, tell, jobs=jobs) if trials else {"rows": []}
     scored = [row for row in rows["rows"] if row["value"] is not None]
-    if not scored:
-        return method | {"lr": rates[0]}  # fails again, and says why, where the table is
-    best = (max if rows["higher_is_better"] else min)(scored, key=lambda row: row["value"])
-    return best["method"]
+    chosen = []
+    for each in tried:
+        own = [row for row in scored if row["method"] in each]
+        best = max if rows.get("higher_is_better") else min
+        chosen.append(best(own, key=lambda row: row["value"])["method"] if own else each[0])  # what failed does so again, and says why, where the table is
+    return chosen
+
+
+def _scaled(rates: list[float | str], default: float) -> list[float]:
+    return [float(f"{default * float(rate[:-1]):.3g}") if isinstance(rate, str) else rate for rate in rates]
 
 
 def _file_name(title: str) -> str:
