@@ -14,7 +14,7 @@ _HOMES = {
     "tunesmith.methods.store": ["save", "load"],
     "tunesmith.methods": [
         "adapt", "Method", "MethodInfo", "ranks", "few_shot", "AdaLoRA", "Bat", "BitFit", "Bone", "DoRA", "FourierFT", "Full", "HUT", "IA3", "LinearProbe",
-        "LNTuning", "LoRA", "MHR", "MiSS", "MoLA", "PiSSA", "Poly", "PrefixTuning", "PromptTuning", "RSLoRA", "S2LoRA", "SeriesAdapter", "SoKA",
+        "LNTuning", "LoRA", "MHR", "MiSS", "MoLA", "PaCA", "PiSSA", "Poly", "PrefixTuning", "PromptTuning", "RSLoRA", "S2LoRA", "SeriesAdapter", "SoKA",
         "TransformedLoRA", "VeRA", "WaRA",
     ],
 }  # fmt: skip

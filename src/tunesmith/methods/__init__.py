@@ -15,6 +15,7 @@ from .lora import LoRA, PiSSA, RSLoRA
 from .method import Method, adapt, parse, registry
 from .mhr import MHR, Poly, few_shot
 from .mola import MoLA
+from .paca import PaCA
 from .prefix_tuning import PrefixTuning
 from .prompt_tuning import PromptTuning
 from .s2_lora import S2LoRA

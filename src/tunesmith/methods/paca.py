@@ -1,0 +1,95 @@
+"""PaCA: a few columns of each weight are trained in place; of the layer's input only theirs is kept for backward."""
+
+from typing import Literal
+from zlib import crc32
+
+import torch
+from pydantic import Field, PositiveFloat
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..engine.adapter import WeightAdapter
+from ..engine.fused import columns_linear
+from ..engine.sites import Site
+from ..errors import TunesmithError
+from .lora import LoRA
+from .method import Method, Rank, Seed, empty
+
+
+class PaCALayer(WeightAdapter):
+    """W̃ is W but for the columns S, which are W_S + s·D; S (r,) ascending, D (out, r) from zero."""
+
+    def __init__(self, site: Site, S: Tensor, scale: float):
+        super().__init__()
+        self.scale = scale
+        self.register_buffer("S", S)
+        self.D = nn.init.zeros_(empty(site.out_features, len(S), like=site.parameter))
+
+    def merged(self, W, b):
+        return W.to(torch.promote_types(W.dtype, self.D.dtype)).index_add(1, self.S, self.scale * self.D), b
+
+    def forward(self, base, x, *args, **kwargs):
+        if base.site.kind != "linear":
+            return super().forward(base, x, *args, **kwargs)
+        if base.plain:
+            return columns_linear(x, base.W, base.b, self.D, self.S, self.scale)
+        return base(x) + F.linear(x[..., self.S], self.D.to(x.dtype)) * self.scale
+
+
+class PaCA(Method):
+    """PaCA (Woo et al. 2025, arXiv 2503.01905): `rank` input columns of W are trained, W̃_S = W_S + (α/r)·D.
+
+    The authors' layer trains P = W_S·r/α + D in the place of W_S; D has the same gradient and the same steps of Adam,
+    and leaves the base as it is (their layer computes with columns a step old, and loses the original ones). It is LoRA
+    whose A picks inputs, and a peft file of it is one of LoRA. `choice`: columns drawn at random, as in the paper; those
+    of the largest or smallest norm; or of the largest norm of the gradient on calibration data, which their code leaves
+    unfinished. LLaMA2-7B has 10,878,976 trained parameters at rank 8, LoRA 19,988,480.
+    """
+
+    method, family, title, paper = "paca", "selective", "Partial connection adaptation", "arXiv:2503.01905"
+    works_on = ("linear", "embedding", "conv", "attention")
+    quantized_base_ok = True
+    default_lr = 2e-3
+
+    rank: Rank = 8
+    alpha: PositiveFloat = 8
+    choice: Literal["random", "largest", "smallest", "gradient"] = Field("random", description="which columns of W")
+    seed: Seed = Field(0, description="of the random columns; each layer draws its own")
+
+    @property
+    def calibrated(self):
+        return self.choice == "gradient"
+
+    def columns(self, site: Site) -> Tensor:
+        """The chosen columns, ascending. Ties go to the lower index."""
+        if site.in_features < self.rank:
+            raise TunesmithError(f"paca: {site.path!r} has {site.in_features} inputs, too few for rank={self.rank}; choose a lower rank, or leave the layer out of the targets")
+        if self.choice == "random" or site.parameter.is_meta:
+            generator = torch.Generator().manual_seed((self.seed + crc32(site.path.encode())) % 2**63)
+            order = torch.randperm(site.in_features, generator=generator)
+        else:
+            scored = site.gradient if self.calibrated else site.matrix(site.values)[0]
+            order = torch.linalg.vector_norm(scored.detach().float(), dim=0).sort(descending=self.choice != "smallest", stable=True).indices
+        return order[: self.rank].sort().values.to(site.parameter.device)
+
+    def layer(self, site):
+        return PaCALayer(site, self.columns(site), self.alpha / self.rank)
+
+    def count(self, site):
+        return self.rank * site.out_features
+
+    peft_type = "LORA"
+
+    @classmethod
+    def reads_peft(cls, fields):
+        return False
+
+    def _as_lora(self) -> LoRA:
+        return LoRA(rank=self.rank, alpha=self.alpha)
+
+    def to_peft(self, configs, model):
+        return self._as_lora().to_peft({path: config._as_lora() for path, config in configs.items()}, model)
+
+    def peft_tensors(self, site, own):
+        A = F.one_hot(own["S"], site.in_features).to(own["D"].dtype)
+        return self._as_lora().peft_tensors(site, {"A": A, "B": own["D"]})
