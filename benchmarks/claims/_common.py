@@ -49,6 +49,12 @@ def above(a: list[float], b: list[float]) -> bool:
     return statistics.mean(a) - statistics.mean(b) > 2 * error(a, b)
 
 
+def ahead(a: list[float], b: list[float]) -> bool:
+    """Whether a is above b, seed by seed, by more than twice the standard error of the mean difference."""
+    gaps = [x - y for x, y in zip(a, b, strict=True)]
+    return statistics.mean(gaps) > 2 * statistics.stdev(gaps) / len(gaps) ** 0.5
+
+
 def about(a: list[float], b: list[float], margin: float = 0.01) -> bool:
     """Whether a's mean is no more than `margin` below b's."""
     return statistics.mean(a) >= statistics.mean(b) - margin

@@ -4,26 +4,24 @@
 
 A task is a domain of CLINC150: one of its 15 intents is told from a text, by a linear layer of the task's own on MiniLM's mean.
 Seven domains are trained together, 15 texts of each intent; then each of three others from 5 texts of each intent. The rate of
-a side is the best of RATES on validation texts of the three, with a seed of its own. A seed draws texts, start and order alike
+a side is the best of RATES on validation texts of the same domains, with a seed of its own. A seed draws texts, start and order alike
 for every side, so that two are compared seed by seed. Alignment is the mean cosine, over pairs of trained tasks, of the
 gradients of the shared factors after training.
 """
 
 import copy
-import json
 import statistics
 from itertools import combinations
-from pathlib import Path
 
 import torch
+from _common import ahead, percent
 from torch import nn
 from torch.nn import functional as F
 
 import tunesmith as ts
-from tunesmith import models, optim
+from tunesmith import data, models, optim
 from tunesmith.bench.claims import claim, spread
 
-DATA = Path(__file__).parents[2].parent / "shared/data/intents/clinc150_small.json"
 DOMAINS = {
     "banking": "freeze_account routing pin_change bill_due pay_bill account_blocked interest_rate min_payment bill_balance transfer order_checks balance "
     "spending_history transactions report_fraud",
@@ -61,7 +59,7 @@ STARTS = {  # side: (what was trained, how it goes on)
     "mhr-mu": ("mhr", "mu"),
 }
 RATES, SEEDS, CHOICE = [1e-3, 3e-3, 1e-2, 3e-2], range(3), 100
-MANY, FEW, EPOCHS, STEPS, HEAD_LR = 15, 5, 4, 60, 1e-2
+MANY, FEW, EPOCHS, STEPS, HEAD_LR = 15, 5, 4, 60, 0.1
 PAPER = "MHR (arXiv 2211.03831)"
 LIMITS = (
     "a 22M encoder, rank 1 on its linear layers, 7 domains of CLINC150 with 15 texts an intent, then 3 domains with 5 texts an intent and 60 steps; the paper trains T5-XL "
@@ -70,11 +68,11 @@ LIMITS = (
 
 
 class Texts:
-    """Token ids of (text, intent) rows, and each row's number of the domain and of the intent in it."""
+    """Token ids of the rows of some domains, and each row's number of the domain and of the intent in it."""
 
     def __init__(self, rows, domains, tokenizer):
         place = {intent: (d, i) for d, name in enumerate(domains) for i, intent in enumerate(DOMAINS[name].split())}
-        rows = [(text, *place[intent]) for text, intent in rows if intent in place]
+        rows = [(row["text"], *place[row["label"]]) for row in rows if row["label"] in place]
         texts, domain, intent = zip(*rows, strict=True)
         self.inputs = tokenizer(list(texts), padding=True, truncation=True, max_length=32, return_tensors="pt")
         self.domain, self.intent = torch.tensor(domain), torch.tensor(intent)
@@ -86,25 +84,25 @@ class Texts:
         return torch.cat([order[key == k][:count] for k in key.unique()])
 
 
-def scores(model, heads, data, rows):
+def scores(model, heads, texts, rows):
     """(rows, 15) of each row's own head."""
-    mask = data.inputs["attention_mask"][rows]
+    mask = texts.inputs["attention_mask"][rows]
     length = int(mask.sum(1).max())
     mask = mask[:, :length]
-    with ts.tasks(model, data.domain[rows] if len(heads) > 1 else [0]):
-        h = model(input_ids=data.inputs["input_ids"][rows, :length], attention_mask=mask).last_hidden_state
+    with ts.tasks(model, texts.domain[rows]):
+        h = model(input_ids=texts.inputs["input_ids"][rows, :length], attention_mask=mask).last_hidden_state
     mean = (h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-    return torch.einsum("nd,ncd->nc", F.normalize(mean, dim=1), heads[data.domain[rows] if len(heads) > 1 else torch.zeros(len(rows), dtype=torch.long)])
+    return torch.einsum("nd,ncd->nc", F.normalize(mean, dim=1), heads[texts.domain[rows]])
 
 
-def loss(model, heads, data, rows):
-    return F.cross_entropy(scores(model, heads, data, rows), data.intent[rows])
+def loss(model, heads, texts, rows):
+    return F.cross_entropy(scores(model, heads, texts, rows), texts.intent[rows])
 
 
-def train(model, heads, data, rows, steps, batch, lr, seed):
+def train(model, heads, texts, rows, steps, batch, lr, seed):
     """The mean loss of the last tenth of the steps."""
     optimizer = optim.build(model.train(), lr=lr)
-    optimizer.add_param_group({"params": [heads], "lr": 10 * HEAD_LR})
+    optimizer.add_param_group({"params": [heads], "lr": HEAD_LR})
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator, queue, losses = torch.Generator().manual_seed(seed), [], []
     for _ in range(steps):
@@ -112,7 +110,7 @@ def train(model, heads, data, rows, steps, batch, lr, seed):
             queue = rows[torch.randperm(len(rows), generator=generator)].tolist()
         now, queue = torch.tensor(queue[:batch]), queue[batch:]
         optimizer.zero_grad()
-        value = loss(model, heads, data, now)
+        value = loss(model, heads, texts, now)
         value.backward()
         nn.utils.clip_grad_norm_(ts.trainable(model).values(), 1.0)
         optimizer.step()
@@ -122,38 +120,29 @@ def train(model, heads, data, rows, steps, batch, lr, seed):
 
 
 @torch.no_grad()
-def accuracy(model, heads, data, rows):
+def accuracy(model, heads, texts):
     model.eval()
-    return statistics.mean((scores(model, heads, data, part).argmax(1) == data.intent[part]).float().mean().item() for part in rows.split(75))
+    parts = torch.arange(len(texts.intent)).split(75)
+    return statistics.mean((scores(model, heads, texts, part).argmax(1) == texts.intent[part]).float().mean().item() for part in parts)
 
 
-def alignment(model, heads, data, rows):
+def alignment(model, heads, texts, rows):
     """Mean cosine of two tasks' gradients, over all shared factors at once."""
     gradients = []
     for task in range(len(OLD)):
         model.zero_grad()
-        loss(model.eval(), heads, data, rows[data.domain[rows] == task][:75]).backward()
+        loss(model.eval(), heads, texts, rows[texts.domain[rows] == task][:75]).backward()
         gradients.append(torch.cat([p.grad.flatten() for name, p in ts.trainable(model).items() if not name.endswith(".Z")]))
     return statistics.mean(F.cosine_similarity(a, b, dim=0).item() for a, b in combinations(gradients, 2))
-
-
-def better(a, b):
-    """Whether a is above b, seed by seed, by more than twice the standard error."""
-    gaps = [x - y for x, y in zip(a, b, strict=True)]
-    return statistics.mean(gaps) > 2 * statistics.stdev(gaps) / len(gaps) ** 0.5
-
-
-def percent(runs):
-    return f"{100 * statistics.mean(runs):.1f} ± {100 * statistics.stdev(runs):.1f}%"
 
 
 def main():
     torch.set_num_threads(1)
     classifier, tokenizer = models.load("minilm", "classification", labels=["a", "b"])
-    base, splits = classifier.bert, json.loads(DATA.read_text(encoding="utf-8"))
+    base, splits = classifier.bert, {name: data.load("clinc150", name) for name in ("train", "val", "test")}
     base.pooler = None
-    old = {name: Texts(splits[name], OLD, tokenizer) for name in ("train", "val", "test")}
-    new = {domain: {name: Texts(splits[name], [domain], tokenizer) for name in ("train", "val", "test")} for domain in NEW}
+    old = {name: Texts(rows, OLD, tokenizer) for name, rows in splits.items()}
+    new = {domain: {name: Texts(rows, [domain], tokenizer) for name, rows in splits.items()} for domain in NEW}
 
     def adapted(method, seed):
         torch.manual_seed(seed)
@@ -164,20 +153,18 @@ def main():
         model, heads, rows = adapted(TRAINED[side], seed), nn.Parameter(torch.zeros(len(OLD), 15, 384)), old["train"].few(MANY, seed)
         return model, heads, train(model, heads, old["train"], rows, EPOCHS * len(rows) // 32, 32, rate, seed)
 
-    def everything(data):
-        return torch.arange(len(data.domain))
-
     trained, first = {}, {}
     for side in TRAINED:
-        tried = {rate: accuracy(*together(side, rate, CHOICE)[:2], old["val"], everything(old["val"])) for rate in RATES}
+        trials = {rate: together(side, rate, CHOICE)[:2] for rate in RATES}
+        tried = {rate: accuracy(*trial, old["val"]) for rate, trial in trials.items()}
         rate = max(tried, key=tried.get)
         runs = [together(side, rate, seed) for seed in SEEDS]
-        trained[side] = {CHOICE: together(side, rate, CHOICE)[0]} | {seed: run[0] for seed, run in zip(SEEDS, runs, strict=True)}
+        trained[side] = {CHOICE: trials[rate][0]} | {seed: run[0] for seed, run in zip(SEEDS, runs, strict=True)}
         first[side] = {
             "lr": rate,
             "validation": tried,
             "parameters": ts.summary(runs[0][0]).trainable,
-            "accuracy": spread([accuracy(model, heads, old["test"], everything(old["test"])) for model, heads, _ in runs]),
+            "accuracy": spread([accuracy(model, heads, old["test"]) for model, heads, _ in runs]),
             "loss": spread([last for *_, last in runs]),
             "alignment": spread([alignment(model, heads, old["train"], old["train"].few(MANY, s)) for s, (model, heads, _) in zip(SEEDS, runs, strict=True)]),
         }
@@ -193,10 +180,10 @@ def main():
     def few(side, rate, seed, split):
         """Mean accuracy over the new domains."""
         found = []
-        for data in new.values():
+        for texts in new.values():
             model, heads = started(side, seed), nn.Parameter(torch.zeros(1, 15, 384))
-            train(model, heads, data["train"], data["train"].few(FEW, seed), STEPS, 16, rate, seed)
-            found.append(accuracy(model, heads, data[split], everything(data[split])))
+            train(model, heads, texts["train"], texts["train"].few(FEW, seed), STEPS, 16, rate, seed)
+            found.append(accuracy(model, heads, texts[split]))
         return statistics.mean(found)
 
     second = {}
@@ -204,14 +191,13 @@ def main():
         tried = {rate: few(side, rate, CHOICE, "val") for rate in RATES}
         rate = max(tried, key=tried.get)
         runs = [few(side, rate, seed, "test") for seed in SEEDS]
-        second[side] = spread(runs) | {"lr": rate, "validation": tried, "parameters": ts.summary(started(side, 0)).trainable}
+        second[side] = {"accuracy": spread(runs), "lr": rate, "validation": tried, "parameters": ts.summary(started(side, 0)).trainable}
 
     def report(sentence, reported, measured, what, holds, form=percent):
-        shown = {name: row[what] if what in row else row for name, row in measured.items()}
-        summary = ", ".join(f"{name} {form(row['runs'])}" for name, row in shown.items())
+        summary = ", ".join(f"{name} {form(row[what]['runs'])}" for name, row in measured.items())
         claim(PAPER, sentence, reported, summary, measured, len(SEEDS), holds, LIMITS)
 
-    at = {name: row["runs"] for name, row in second.items()}
+    at = {name: row["accuracy"]["runs"] for name, row in second.items()}
     fact = {what: {name: row[what]["runs"] for name, row in first.items()} for what in ("accuracy", "alignment")}
     plain = "{:.3f}".format
     report(
@@ -219,20 +205,22 @@ def main():
         "T0 few-shot average 69.1 against 68.0 (T5-XL)",
         first,
         "accuracy",
-        better(fact["accuracy"]["mhr"], fact["accuracy"]["poly"]),
+        ahead(fact["accuracy"]["mhr"], fact["accuracy"]["poly"]),
     )
     report("the tasks' gradients agree more under MHR than under Poly and one shared LoRA", "figure: the alignment of MHR is above Poly's and LoRA's all through training", first, "alignment",
-           all(better(fact["alignment"]["mhr"], fact["alignment"][other]) for other in ("poly", "lora")), lambda runs: plain(statistics.mean(runs)))  # fmt: skip
-    report("MHR adapts to new tasks better than Poly", "T0 few-shot average 69.1 against 68.0, LoRA 66.0 (T5-XL)", second, "", better(at["mhr"], at["poly"]))
+           all(ahead(fact["alignment"]["mhr"], fact["alignment"][other]) for other in ("poly", "lora")), lambda runs: plain(statistics.mean(runs)))  # fmt: skip
+    report(
+        "MHR adapts to new tasks better than Poly", "T0 few-shot average 69.1 against 68.0, LoRA 66.0 (T5-XL)", second, "accuracy", ahead(at["mhr"], at["poly"])
+    )
     report(
         "MHR-z, with a fraction of the parameters, is within a point of Poly with all of them",
         "68.3 with 220K against 68.0 with 17M",
         second,
-        "",
+        "accuracy",
         statistics.mean(at["mhr-z"]) >= statistics.mean(at["poly"]) - 0.01,
     )
-    report("MHR-mu is a better start for new tasks than a LoRA shared by the old ones, and than none", "MHR-mu near MHR with one adapter (figure); LoRA 66.0", second, "",
-           all(better(at["mhr-mu"], at[other]) for other in ("lora", "lora from nothing")))  # fmt: skip
+    report("MHR-mu is a better start for new tasks than a LoRA shared by the old ones, and than none", "MHR-mu near MHR with one adapter (figure); LoRA 66.0", second, "accuracy",
+           all(ahead(at["mhr-mu"], at[other]) for other in ("lora", "lora from nothing")))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import copy
 import statistics
 
 import torch
+from _common import ahead
 from sklearn.datasets import load_digits
 from sklearn.neural_network import MLPClassifier
 from torch import nn
@@ -161,9 +162,7 @@ def main():
         measured[name] = summed(runs) | {"parameters": count, "lr": rate, "validation": chosen}
 
     def lower(name, other):
-        """Whether the loss is lower by more than twice the standard error of the mean difference of the seeds."""
-        gaps = [b - a for a, b in zip(measured[name]["loss"]["runs"], measured[other]["loss"]["runs"], strict=True)]
-        return statistics.mean(gaps) > 2 * statistics.stdev(gaps) / len(gaps) ** 0.5
+        return ahead(measured[other]["loss"]["runs"], measured[name]["loss"]["runs"])
 
     for name, reported in REPORTED.items():
         shown = {side: measured[side] for side in ("unadapted", name, "lora", "dora")}

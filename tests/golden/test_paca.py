@@ -10,6 +10,7 @@ from tunesmith.engine.model import adapters
 from .cases import linear, names, read
 
 FOLDER = "paca"
+LAYERS, TRAINED = ([name for name in names(FOLDER) if key in read(FOLDER, name).tensors] for key in ("in.loss_coeff", "out.losses"))
 
 
 def build(case, P=None):
@@ -28,10 +29,10 @@ def build(case, P=None):
 
 
 def test_every_case_is_read():
-    assert names(FOLDER) == ["adam_traj_r5", "linear_r4", "qpaca_nf4_r6"]
+    assert LAYERS and TRAINED and sorted(LAYERS + TRAINED) == names(FOLDER)
 
 
-@pytest.mark.parametrize("name", ["linear_r4", "qpaca_nf4_r6"])
+@pytest.mark.parametrize("name", LAYERS)
 def test_layer(name):
     case = read(FOLDER, name)
     model, adapter = build(case, case.tensors["param.paca_w"])
@@ -50,8 +51,9 @@ def test_layer(name):
         torch.testing.assert_close(ts.merge(model)[0].weight.detach(), case.tensors["out.merged_weight"], **close)
 
 
-def test_three_steps_of_adam():
-    case = read(FOLDER, "adam_traj_r5")
+@pytest.mark.parametrize("name", TRAINED)
+def test_steps_of_adam(name):
+    case = read(FOLDER, name)
     model, adapter = build(case)
     start = model[0].weight[:, adapter.S] / case.config["scaling"]
     torch.testing.assert_close(start, case.tensors["param.paca_w_init"])

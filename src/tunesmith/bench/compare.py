@@ -126,10 +126,9 @@ def _at_best_rates(methods: list[str | dict], base: dict, rates: list[float | st
     trials = [method for each in tried if len(each) > 1 for method in each]
     rows = compare(trials, base, output / "rates", None if seeds == [None] else seeds, overwrite, tell, jobs=jobs) if trials else {"rows": []}
     scored = [row for row in rows["rows"] if row["value"] is not None]
-    chosen = []
+    best, chosen = max if rows.get("higher_is_better") else min, []
     for each in tried:
         own = [row for row in scored if row["method"] in each]
-        best = max if rows.get("higher_is_better") else min
         chosen.append(best(own, key=lambda row: row["value"])["method"] if own else each[0])  # what failed does so again, and says why, where the table is
     return chosen
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..engine.adapter import WeightAdapter
-from ..engine.fused import columns_linear
+from ..engine.fused import columns_change, columns_linear
 from ..engine.sites import Site
 from ..errors import TunesmithError
 from .lora import LoRA
@@ -26,14 +26,14 @@ class PaCALayer(WeightAdapter):
         self.D = nn.init.zeros_(empty(site.out_features, len(S), like=site.parameter))
 
     def merged(self, W, b):
-        return W.to(torch.promote_types(W.dtype, self.D.dtype)).index_add(1, self.S, self.scale * self.D), b
+        return W.to(torch.promote_types(W.dtype, self.D.dtype)).index_add(1, self.S, self.D, alpha=self.scale), b
 
     def forward(self, base, x, *args, **kwargs):
         if base.site.kind != "linear":
             return super().forward(base, x, *args, **kwargs)
         if base.plain:
             return columns_linear(x, base.W, base.b, self.D, self.S, self.scale)
-        return base(x) + F.linear(x[..., self.S], self.D.to(x.dtype)) * self.scale
+        return base(x) + columns_change(x, self.D, self.S, self.scale)
 
 
 class PaCA(Method):

@@ -41,11 +41,16 @@ class _ColumnsLinear(torch.autograd.Function):
         return *as_given((gx, gW, gb, gD), ctx.like), None, None, None
 
 
+def columns_change(x, D, S, scale: float) -> torch.Tensor:
+    """scale·x_S Dᵀ, what D at the columns S adds to x Wᵀ: x (..., in), D (out, r), S (r,) → (..., out)."""
+    return F.linear(x[..., S], D.to(x.dtype)) * scale
+
+
 def columns_linear(x, W, b, D, S, scale: float) -> torch.Tensor:
     """y = x Wᵀ + scale·x_S Dᵀ + b: the columns S of W, plus scale·D.
 
     x (..., in), W (out, in), b (out,) or None, D (out, r), S (r,) distinct indices → (..., out).
     """
     if plainly(x, W):
-        return F.linear(x, W, b) + F.linear(x[..., S], D.to(x.dtype)) * scale
+        return F.linear(x, W, b) + columns_change(x, D, S, scale)
     return _ColumnsLinear.apply(x, W, b, D, S, scale, torch.is_grad_enabled())
