@@ -99,7 +99,10 @@ def resident(field):
 
 
 def run(prepare, args, layers=30):
-    """One run: the seconds and the loss of each step, and the memory in MB. `prepare(model)` as above, of one variant."""
+    """One run: the seconds and the loss of each step, and the memory in MB.
+
+    `prepare(model)` as above, of one variant, perhaps with the stages of a method that has some.
+    """
     import torch
 
     gpu = args.device == "cuda"
@@ -114,14 +117,19 @@ def run(prepare, args, layers=30):
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # forget the highest size so far
-    parameters, loss_of = prepare(model)
+    parameters, loss_of, *stages = prepare(model)
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, fused=True) if parameters else None
 
     def step(ids):
         loss = loss_of(ids)
         loss.backward()
+        for stage in stages:
+            stage.before_step(optimizer)
         if optimizer:
             optimizer.step()
+        for stage in stages:
+            stage.step()
+        if optimizer:
             optimizer.zero_grad()
         return loss.item()  # not the tensor: its graph would live on into the next step
 

@@ -1,4 +1,7 @@
-"""Time to switch from one LoRA r=32 to another on the SmolLM2-135M shape: activation here, merge and unmerge in peft.
+"""Time to switch from one adapter to another on the SmolLM2-135M shape.
+
+LoRA r=32: activation here, merge and unmerge in peft. SHiRA with 1% of each matrix, S2FT and PaCA: from one merged adapter to
+another, which writes the chosen entries alone.
 
     python benchmarks/switching.py --output benchmarks/results/switching.json
 """
@@ -52,8 +55,22 @@ def merged(name):
 
 theirs.base_model.merge_adapter()
 merge_s = median(merged, 8)
+sparse = {}
+for method in ("shira", "s2ft", "paca"):
+    own = model()
+    for seed, name in enumerate("ab"):
+        ts.adapt(own, {"method": method, "seed": seed}, name=name)
+
+    def scattered(name, own=own):
+        ts.unmerge(own)
+        ts.activate(own, name)
+        ts.merge(own)
+
+    ts.merge(own)
+    sparse[method] = median(scattered, 20)
 result = {
-    "what": "switching between two LoRA r=32 on all linear layers, SmolLM2-135M shape, fp32, median seconds", "command": "python benchmarks/switching.py",
+    "what": "switching between two LoRA r=32 on all linear layers, and between two merged sparse adapters, SmolLM2-135M shape, fp32, median seconds", "command": "python benchmarks/switching.py",
     "machine": {"cores": os.cpu_count(), "torch": torch.__version__}, "tunesmith_activate_s": activate_s, "peft_merge_unmerge_s": merge_s, "times_faster": merge_s / activate_s,
+    **{f"{method}_switch_s": seconds for method, seconds in sparse.items()}, **{f"{method}_times_faster": merge_s / seconds for method, seconds in sparse.items()},
 }  # fmt: skip
 keep(result, args.output)

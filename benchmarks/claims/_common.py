@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tunesmith as ts
 from tunesmith import models
-from tunesmith.bench.claims import spread
+from tunesmith.bench.claims import claim, spread
 from tunesmith.bench.compare import compare
 
 BASE = {"data": "banking77", "test": "banking77", "model": "minilm", "per_label": 10, "holdout": 0.05, "epochs": 6, "batch_size": 16, "eval_every": 10_000}
@@ -67,3 +67,23 @@ def percent(side: list[float]) -> str:
 def accuracies(rows: dict[str, dict]) -> dict:
     """`measured` of a claim about accuracy."""
     return {name: spread(values(row)) | {"parameters": parameters({k: v for k, v in row["method"].items() if k != "lr"}), "lr": row["method"]["lr"]} for name, row in rows.items()}
+
+
+def sparse_step(one: str, other: str) -> dict[str, float]:
+    """Time and memory of one training step over another's, as benchmarks/sparse_step.py measured them."""
+    return json.loads(Path("benchmarks/results/sparse_step.json").read_text())["ratios"][f"{one} / {other}"]
+
+
+def step_ratio(paper: str, one: str, other: str, sentence: str, reported: str, time: float | None, memory: float) -> None:
+    """A claim that a step takes at most `time` and `memory` of another's."""
+    found = sparse_step(one, other)
+    claim(
+        paper,
+        sentence,
+        reported,
+        f"{one} takes {found['step_s']:.2f} of {other}'s time and {found['peak_above_model_mb']:.2f} of its memory above the loaded model",
+        found,
+        1,
+        (time is None or found["step_s"] <= time) and found["peak_above_model_mb"] <= memory,
+        "SmolLM2-135M's shape on two CPU cores, 4 x 256 tokens",
+    )

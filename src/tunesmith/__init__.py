@@ -13,8 +13,8 @@ _HOMES = {
     "tunesmith.schedule": ["stages"],
     "tunesmith.methods.store": ["save", "load"],
     "tunesmith.methods": [
-        "adapt", "Method", "MethodInfo", "ranks", "few_shot", "AdaLoRA", "Bat", "BitFit", "Bone", "DoRA", "FourierFT", "Full", "HUT", "IA3", "LinearProbe",
-        "LNTuning", "LoRA", "MHR", "MiSS", "MoLA", "PaCA", "PiSSA", "Poly", "PrefixTuning", "PromptTuning", "RSLoRA", "S2LoRA", "SeriesAdapter", "SoKA",
+        "adapt", "Method", "MethodInfo", "co_permuted", "density", "ranks", "few_shot", "AdaLoRA", "Bat", "BitFit", "Bone", "DoRA", "FourierFT", "Full", "HUT", "IA3", "ID3", "LinearProbe",
+        "LNTuning", "LoRA", "MHR", "MiSS", "MoLA", "NeuroAda", "PaCA", "PiSSA", "Poly", "PrefixTuning", "PromptTuning", "RSLoRA", "S2FT", "S2LoRA", "SeriesAdapter", "SHiRA", "SNELL", "SNELLA", "SoKA", "SPTAdapter", "SPTLoRA",
         "TransformedLoRA", "VeRA", "WaRA",
     ],
 }  # fmt: skip

@@ -9,7 +9,7 @@ import tunesmith as ts
 from tunesmith.engine.fused import common
 from tunesmith.methods import registry
 
-from .zoo import PAIRS, build, inputs, logits, loss, stir, train
+from .zoo import PAIRS, adapt, build, inputs, logits, loss, stir, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 pairs = pytest.mark.parametrize("method,kind", PAIRS)
@@ -33,7 +33,7 @@ def close(found, expected, tolerance=1e-4):
 def test_gradients_and_steps_are_those_of_the_cpu(method, kind, light, monkeypatch):
     monkeypatch.setattr(common, "light", lambda x, W: light)
     here, batch = build(kind).train(), inputs(kind)
-    stir(ts.adapt(here, method))
+    stir(adapt(here, method))
     gpu = copy.deepcopy(here).cuda()
     close(logits(gpu, there(batch)), logits(here, batch))
     loss(here, batch).backward()
@@ -51,7 +51,7 @@ def test_gradients_and_steps_are_those_of_the_cpu(method, kind, light, monkeypat
 @pairs
 def test_adapted_trained_merged_and_saved_there(method, kind, tmp_path):
     model, batch = build(kind).cuda(), there(inputs(kind))
-    ts.adapt(model, method)
+    adapt(model, method)
     assert all(p.is_cuda for p in ts.trainable(model).values())
     losses = train(model, batch, steps=8, lr=1e-2 if registry[method].default_lr > 2e-4 else 1e-3)
     assert min(losses[-4:]) < losses[0] - 1e-5
@@ -68,7 +68,7 @@ def test_adapted_trained_merged_and_saved_there(method, kind, tmp_path):
 @pairs
 def test_bfloat16_base_with_float32_adapters(method, kind):
     model, batch = build(kind, torch.bfloat16).cuda(), there(inputs(kind, dtype=torch.bfloat16))
-    ts.adapt(model, method)
+    adapt(model, method)
     train(model, batch, steps=2)
     assert logits(model, batch).dtype == torch.bfloat16
     assert all(torch.isfinite(p).all() and p.dtype == torch.float32 for p in ts.trainable(model).values())
@@ -80,7 +80,7 @@ def test_one_adapter_per_row(method, kind):
         pytest.skip("rows of other lengths; a table of position biases without rows")
     model, batch = build(kind).cuda(), there(inputs(kind))
     for seed, name in enumerate("ab"):
-        stir(ts.adapt(model, method, name=name), seed)
+        stir(adapt(model, method, name=name), seed)
     rows = ["b", None, "a"]
     with ts.mixed(model, rows):
         together = logits(model, batch)

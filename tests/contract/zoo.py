@@ -6,7 +6,7 @@ from torch import nn
 import tunesmith as ts
 from tests import tiny
 from tunesmith import optim
-from tunesmith.methods import registry
+from tunesmith.methods import parse, registry
 
 
 def attention_net(hidden=16):
@@ -26,17 +26,41 @@ CANNOT = {
     "prompt-tuning": {"vit", "convnet", "attention"},
     "prefix-tuning": {"vit", "convnet", "attention", "t5"},
     "series-adapter": {"convnet"},
+    "spt-adapter": {"convnet"},
     "wara": {"convnet"},
 }
 
 # Sizes that a method otherwise reads off the weights.
 GIVEN = {"soka": {"method": "soka", "rank": 4}}
 
+# Methods that choose what trains by the weights' values or gradients, which are not there on the meta device.
+CHOOSY = {"id3", "spt-lora", "spt-adapter"}
+
+# Forms that have everything a method may have, and have it from the first step on.
+FORMS = {
+    "id3": {"method": "id3", "mask": "magnitude", "budget": 60},
+    "spt-lora": {"method": "spt-lora", "rank": 2, "ease": 20, "budget": 600},
+    "spt-adapter": {"method": "spt-adapter", "rank": 2, "ease": 20, "budget": 600},
+}
+
 PAIRS = [(method, kind) for method in registry for kind in MODELS if kind not in CANNOT.get(method, ())]
 
 
 def build(kind, dtype=torch.float32):
     return MODELS[kind]().to(dtype)
+
+
+def adapt(model, method, *args, **kwargs):
+    """`ts.adapt` with a calibration for the methods that need one."""
+    config = parse(FORMS.get(method, method) if isinstance(method, str) else method)
+    if config.calibrated:
+        kwargs["calibrate"] = lambda model: loss(model, inputs(kind_of(model), dtype=next(model.parameters()).dtype)).backward()
+    return ts.adapt(model, config, *args, **kwargs)
+
+
+def kind_of(model):
+    name, first = next(iter(model.named_parameters()))
+    return next(kind for kind, make in MODELS.items() if (found := next(iter(make().named_parameters())))[0] == name and found[1].dim() == first.dim())
 
 
 def inputs(kind, rows=3, dtype=torch.float32):

@@ -50,7 +50,7 @@ def method():
 
         @property
         def calibrated(self):
-            return self.scored
+            return ("gradient",) if self.scored else ()
 
         def layer(self, site):
             return TaskBias(site)

@@ -16,6 +16,7 @@ from peft import (
     PeftModel,
     PrefixTuningConfig,
     PromptTuningConfig,
+    ShiraConfig,
     VeraConfig,
     get_peft_model,
 )
@@ -144,6 +145,7 @@ PEFT = {
     "nested numbers": ("moe", lambda: lora("up", layers_to_transform=[1], exclude_modules=["experts.0.up"])),
     "dropout": ("llama", lambda: lora("q_proj", lora_dropout=0.3)),
     "adalora": ("llama", lambda: AdaLoraConfig(target_modules=["q_proj", "down_proj"], init_r=5, lora_alpha=7, target_r=2, tinit=3, tfinal=4, total_step=20)),
+    "shira": ("llama", lambda: ShiraConfig(target_modules=["q_proj", "down_proj"], r=2, random_seed=5)),
     "adalora gpt2": ("gpt2", lambda: AdaLoraConfig(target_modules=["c_attn", "mlp.c_proj"], init_r=4, total_step=9)),
     "adalora conv2d": ("convnet", lambda: AdaLoraConfig(target_modules=["3", "8"], init_r=2, total_step=9)),
     "ia3": ("llama", lambda: IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])),
@@ -240,6 +242,7 @@ OWN = {
     "dora gpt2": ("gpt2", {"method": "dora", "targets": "c_attn"}),
     "dora convnet": ("convnet", {"method": "dora"}),
     "adalora": ("llama", "adalora"),
+    "shira": ("llama", {"method": "shira", "rank": 2, "mask": "random", "same": True, "seed": 3}),
     "adalora gpt2": ("gpt2", {"method": "adalora", "rank": 3, "alpha": 5}),
     "adalora bert": ("bert", {"method": "adalora", "modules_to_save": ["classifier"], "tinit": 3, "tfinal": 30}),
     "adalora convnet": ("convnet", {"method": "adalora", "targets": ["0", "3", "8"]}),

@@ -6,7 +6,9 @@ from torch import nn
 
 from .adapter import ValueAdapter
 from .model import adapters, hubs, record_of, state_of, trainable, unwrap
+from .pack import packed_size
 from .sites import kind_of
+from .store import tensors
 
 ADAMW_STATES = 2
 
@@ -65,7 +67,7 @@ def summary(model: nn.Module) -> Summary:
     ids = {id(p) for p in chosen.values()}
     base = {id(p): p for path, p in root.named_parameters() if ".tunesmith." not in f".{path}"}
     for hub in hubs(model).values():
-        base |= {id(p): p for p in hub.backup.values()}
+        base |= {id(swap.other): swap.other for swap in hub.swaps if isinstance(swap.other, nn.Parameter)}
     sites, seen, replaced = [], set(), 0
     for path, hub in hubs(model).items():
         for name, adapter in hub.adapters.items():
@@ -80,7 +82,8 @@ def summary(model: nn.Module) -> Summary:
     matrices = sum(m.weight.numel() for m in root.modules() if kind_of(m) == "linear")
     flops = 2 * (matrices + count - replaced)
     names = [n for n in state.records if any(id(p) in ids for a in adapters(model, n).values() for p in a.parameters())]
+    stored = {id(t): t for n in names for a in adapters(model, n).values() for t in tensors(a).values()}
     return Summary(
-        "+".join(names), count, sum(p.numel() for p in base.values()) + count - replaced, adapter_bytes,
+        "+".join(names), count, sum(p.numel() for p in base.values()) + count - replaced, sum(packed_size(t) for t in stored.values()),
         sum(p.numel() * p.element_size() for p in base.values()), flops, 2 * flops + 2 * count, (2 + ADAMW_STATES) * adapter_bytes, sites,
     )

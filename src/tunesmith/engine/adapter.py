@@ -7,6 +7,7 @@ active adapters around the original one, and the adapters live in `module.tunesm
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ class Adapter(nn.Module):
 
     mergeable = False
     why_not = "it is not a change of the weights; keep it attached"  # what `merge` says where `mergeable` is False
+    grows = False  # whether its tensors may start empty
+    limits: ClassVar[dict[str, int]] = {}  # of the positions in its integer tensors, which a file must not exceed
 
     def forward(self, base: "Base", *args, **kwargs):
         """`base(*args)` is the module as it is below this adapter; `base.W`, `base.b` are its matrix and bias."""
@@ -30,6 +33,12 @@ class Adapter(nn.Module):
     def fold(self, site: Site, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """The site's raw parameters with this adapter merged into them."""
         raise TunesmithError(f"{type(self).__name__} at {site.path!r} cannot be merged into the weights")
+
+    scattered = False  # whether it changes some entries of the matrix and nothing else
+
+    def change(self, W: Tensor) -> "Change":
+        """Where a `scattered` adapter changes W (out, in), and what to."""
+        raise TypeError(f"{type(self).__name__} defines no change")
 
     @classmethod
     def mixed(cls, base: "Base", rows: list["Adapter | None"], *args, **kwargs):
@@ -84,6 +93,28 @@ class ValueAdapter(Adapter):
 
     def forward(self, base, *args, **kwargs):
         return base.with_values(self.fold(base.site, base.values))(*args, **kwargs)
+
+
+@dataclass
+class Change:
+    """`values` for the entries `index` of a matrix: rows (dim 0), columns (dim 1), or flat positions (dim None)."""
+
+    dim: int | None
+    index: Tensor
+    values: Tensor
+
+    def of(self, W: Tensor) -> Tensor:
+        """What W (out, in) has there."""
+        return W.index_select(self.dim, self.index) if self.dim is not None else W.take(self.index.long())
+
+    def put(self, W: Tensor) -> None:
+        """The values into W, in place."""
+        if self.dim is not None:
+            W.index_copy_(self.dim, self.index, self.values.to(W.dtype))
+        elif W.is_contiguous():
+            W.view(-1).index_copy_(0, self.index.long(), self.values.to(W.dtype))
+        else:
+            W.put_(self.index.long(), self.values.to(W.dtype))
 
 
 class Base:
@@ -157,6 +188,7 @@ class State:
 
     active: dict[str, float] = field(default_factory=dict)
     merged: dict[str, float] = field(default_factory=dict)
+    aside: bool = False  # what is merged is taken out for the time being
     rows: list[str | None] | None = None
     tasks: Tensor | None = None  # task of each row of the batch
     enabled: bool = True
@@ -172,6 +204,26 @@ class State:
         return self.tasks.repeat_interleave(rows // len(self.tasks))
 
 
+class Swap:
+    """What a merge put in place of a site's parameter, or of some of its entries; a call exchanges the two, and back."""
+
+    def __init__(self, site: Site, name: str, other: nn.Parameter | Change):
+        self.site, self.name, self.other = site, name, other
+
+    @torch.no_grad()
+    def __call__(self):
+        parameters = self.site.holder._parameters
+        now = parameters[self.name]
+        if isinstance(self.other, Change):
+            W, there = self.site.matrix(parameters)[0].detach(), self.other
+            there = Change(there.dim, there.index.to(W.device), there.values.to(W.device))
+            self.other = Change(there.dim, there.index, there.of(W))
+            there.put(W)
+        else:
+            self.other.data = self.other.data.to(now.device)  # the model may have moved since
+            parameters[self.name], self.other = self.other, now
+
+
 class Hub(nn.Module):
     """The adapters of one site, by name, as `holder.tunesmith`."""
 
@@ -179,11 +231,11 @@ class Hub(nn.Module):
         super().__init__()
         self.adapters = nn.ModuleDict()
         self.site, self.state = site, state
-        self.backup: dict[str, nn.Parameter] = {}
+        self.swaps: list[Swap] = []  # what merging did, in this order
 
     # Plain references: registering the site's modules here would make a cycle in the module tree.
     def __setattr__(self, name, value):
-        object.__setattr__(self, name, value) if name in ("site", "state", "backup") else super().__setattr__(name, value)
+        object.__setattr__(self, name, value) if name in ("site", "state", "swaps") else super().__setattr__(name, value)
 
     def stack(self, base: Base) -> Base:
         """`base` with the active adapters over it, first activated first applied."""

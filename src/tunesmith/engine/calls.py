@@ -55,24 +55,58 @@ def auxiliary_loss(model: nn.Module) -> Tensor | None:
     return torch.stack([term.to(known[0].device) for term in known]).sum() if known else None
 
 
-def score(model: nn.Module, sites: dict[str, Site], backward: Callable[[nn.Module], None]) -> None:
-    """Give each site the gradient of its matrix, (out, in), which `backward(model)` leaves: forward and backward on some batches.
+def score(model: nn.Module, sites: dict[str, Site], backward: Callable[[nn.Module], None], statistics: Sequence[str] = ("gradient",)) -> None:
+    """Fill each site's `seen` with `statistics` of what `backward(model)` runs: forward and backward on some batches.
 
-    The model's own flags and gradients are as before afterwards.
+    `gradient`: of each parameter, summed over the backwards; `squares`: of those gradients, summed alike; `inputs`: the
+    mean magnitude of each of a linear layer's inputs. The model's own flags and gradients are as before afterwards.
+    Raises `TunesmithError` where a layer got no gradient, or one that is not finite.
     """
-    parameters = {id(site.parameter): site.parameter for site in sites.values()}
+    parameters = {id(p): p for site in sites.values() for p in site.values.values()}
     others = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    sums: dict[str, dict[int, Tensor]] = {name: {} for name in statistics}
+    hooks = []
+
+    def add(name: str, key: int, value: Tensor) -> None:
+        sums[name][key] = sums[name][key].add_(value) if key in sums[name] else value
+
+    def after(p: Tensor) -> None:
+        g, p.grad = p.grad.to(torch.promote_types(p.dtype, torch.float32)), None
+        if "squares" in sums:
+            add("squares", id(p), g.square())
+        if "gradient" in sums:
+            add("gradient", id(p), g)
+
+    def before(path: str):
+        def hook(module, args):
+            x = args[0].detach().reshape(-1, args[0].shape[-1])
+            add("inputs", path, torch.cat([x.abs().sum(0, dtype=torch.float64), x.new_tensor([len(x)], dtype=torch.float64)]))
+
+        return hook
+
     try:
         for p, _, _ in others:
             p.requires_grad_(id(p) in parameters)
             p.grad = None
+        hooks += [p.register_post_accumulate_grad_hook(after) for p in parameters.values()]
+        if "inputs" in sums:
+            hooks += [site.owner.register_forward_pre_hook(before(path)) for path, site in sites.items() if site.kind == "linear"]
         with torch.enable_grad():
             backward(model)
-        for path, site in sites.items():
-            if site.parameter.grad is None:
-                raise TunesmithError(f"the calibration left no gradient at {path!r}; it must run forward and backward through the model")
-            site.gradient = site.matrix({site.weight: site.parameter.grad})[0]
     finally:
+        for hook in hooks:
+            hook.remove()
         for p, flag, grad in others:
             p.requires_grad_(flag)
             p.grad = grad
+    for path, site in sites.items():
+        for name in {"gradient", "squares"} & sums.keys():
+            found = {key: sums[name][id(p)] for key, p in site.values.items() if id(p) in sums[name]}
+            if (site.weight or site.names[0]) not in found:
+                raise TunesmithError(f"the calibration left no gradient at {path!r}; it must run forward and backward through the model")
+            if not all(torch.isfinite(t).all() for t in found.values()):
+                raise TunesmithError(f"the calibration's gradient at {path!r} is not finite; calibrate in float32, or on other data")
+            site.seen[name] = found
+        if path in sums.get("inputs", {}):
+            total = sums["inputs"][path]
+            site.seen["inputs"] = {"x": (total[:-1] / total[-1]).float()}

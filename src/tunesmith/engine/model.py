@@ -1,16 +1,17 @@
 """Adapters on a whole model: attach, choose, mix, merge, detach. Knows no method by name."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import TunesmithError, nearest
-from .adapter import Adapter, Hub, State, adapted_class, fold
+from .adapter import Adapter, Hub, State, Swap, adapted_class, fold
 from .lean import unlean
 from .sites import Site
 
@@ -172,54 +173,101 @@ def disabled(model: nn.Module):
     """Within the block, the model is its base, bit for bit (merged weights are put aside too)."""
     state = state_of(model)
     before, state.enabled = state.enabled, False
-    merged = _restore(model)
+    with unmerged(model):
+        guard_fast_path(model)
+        try:
+            yield model
+        finally:
+            state.enabled = before
     guard_fast_path(model)
+
+
+@contextmanager
+def unmerged(model: nn.Module):
+    """Within the block, merged weights are put aside."""
+    state = unwrap(model).__dict__.get("_tunesmith")
+    if state is None or state.aside:
+        yield model
+        return
+    _swap_all(model, reverse=True)
+    state.aside = True
     try:
         yield model
     finally:
-        state.enabled = before
-        guard_fast_path(model)
-        for hub, values in merged:
-            _install(hub, values)
+        state.aside = False
+        _swap_all(model)
+
+
+def _swap_all(model: nn.Module, reverse: bool = False) -> None:
+    for hub in hubs(model).values():
+        for swap in reversed(hub.swaps) if reverse else hub.swaps:
+            swap()
 
 
 def merge(model: nn.Module, unload: bool = False) -> nn.Module:
     """Fold the active adapters into the weights. `unload=True` keeps the merged model and drops all else.
 
     A weight shared with another module (tied embeddings) is untied where the two change differently: each has its own value.
-    Raises `TunesmithError`, with nothing changed, when an active adapter has no merged form.
+    Raises `TunesmithError`, with nothing changed, when an active adapter has no merged form, and within `disabled`.
     """
     state = state_of(model)
+    if state.aside:
+        raise TunesmithError("the adapters are disabled here; merge outside of the `with disabled(model)` block")
     names = [n for n in state.active if n not in state.merged]
-    todo = []
+    todo, uses = [], Counter(id(p) for _, p in unwrap(model).named_parameters(remove_duplicate=False))
     for path, hub in hubs(model).items():
-        values = hub.site.values
-        for name in names:
-            if name in hub.adapters:
-                if not hub.adapters[name].mergeable:
-                    method = state.records[name].config.method
-                    raise TunesmithError(f"adapter {name!r} ({method}) cannot be merged: at {path!r} {hub.adapters[name].why_not}")
-                values = fold(hub.adapters[name], hub.site, values, state.active[name])
-        if changed := {n: v for n, v in values.items() if v is not hub.site.values[n]}:
-            todo.append((hub, changed))
+        own = {name: hub.adapters[name] for name in names if name in hub.adapters}
+        if stuck := [name for name, adapter in own.items() if not adapter.mergeable]:
+            raise TunesmithError(f"adapter {stuck[0]!r} ({state.records[stuck[0]].config.method}) cannot be merged: at {path!r} {own[stuck[0]].why_not}")
+        if own:
+            todo.append((hub, {adapter: state.active[name] for name, adapter in own.items()}))
     tied: dict[int, nn.Parameter] = {}  # base parameter -> its new value
-    for hub, changed in todo:
-        own = hub.site.values
-        hub.backup = {n: own[n] for n in changed} | hub.backup
-        new = {n: nn.Parameter(v.detach().to(own[n].dtype).clone(), requires_grad=False) for n, v in changed.items()}
-        for n, p in new.items():
-            twin = tied.setdefault(id(hub.backup[n]), p)
-            new[n] = twin if torch.equal(twin, p) else p
-        _install(hub, new)
+    with torch.no_grad():
+        new = [None if _scattered(hub, own, uses) else _folded(hub, own) for hub, own in todo]  # all before any is put in place
+    for (hub, own), values in zip(todo, new, strict=True):
+        if values is None:
+            for adapter, weight in own.items():
+                _scatter(hub, adapter, weight)
+            continue
+        for name, value in values.items():
+            twin = tied.setdefault(id(hub.site.values[name]), value)
+            _swap(hub, name, twin if torch.equal(twin, value) else value)
     state.merged |= {name: state.active[name] for name in names}
     guard_fast_path(model)
     if unload:
         for hub in hubs(model).values():
-            hub.backup = {}
+            hub.swaps = []
         state.merged = {}
         detach(model)
         _keep_untied(unwrap(model))
     return model
+
+
+def _scattered(hub: Hub, own: dict[Adapter, float], uses: Counter) -> bool:
+    """Whether adapters can be merged by changing some entries of the weight in place."""
+    W = hub.site.values.get(hub.site.weight)
+    return W is not None and uses[id(W)] == 1 and not hasattr(W, "full_tensor") and all(adapter.scattered for adapter in own)
+
+
+def _scatter(hub: Hub, adapter: Adapter, weight: float) -> None:
+    W = hub.site.matrix(hub.site.values)[0].detach()
+    change = adapter.change(W)
+    if weight != 1:
+        change.values = torch.lerp(change.of(W).to(change.values.dtype), change.values, weight)
+    _swap(hub, hub.site.weight, change)
+
+
+def _folded(hub: Hub, own: dict[Adapter, float]) -> dict[str, nn.Parameter]:
+    """The site's parameters that adapters change, changed."""
+    before = values = hub.site.values
+    for adapter, weight in own.items():
+        values = fold(adapter, hub.site, values, weight)
+    return {n: nn.Parameter(v.detach().to(before[n].dtype).clone(), requires_grad=False) for n, v in values.items() if v is not before[n]}
+
+
+def _swap(hub: Hub, name: str, other) -> None:
+    hub.swaps.append(Swap(hub.site, name, other))
+    hub.swaps[-1]()
 
 
 def _keep_untied(model: nn.Module) -> None:
@@ -232,29 +280,13 @@ def _keep_untied(model: nn.Module) -> None:
 def unmerge(model: nn.Module) -> nn.Module:
     """The base's weights as they were before `merge`, bit for bit."""
     state = state_of(model)
-    _restore(model)
+    if not state.aside:
+        _swap_all(model, reverse=True)
     for hub in hubs(model).values():
-        hub.backup = {}
+        hub.swaps = []
     state.merged = {}
     guard_fast_path(model)
     return model
-
-
-def _install(hub: Hub, values: dict[str, Tensor]) -> None:
-    hub.site.holder._parameters.update(values)
-
-
-def _restore(model: nn.Module) -> list[tuple[Hub, dict]]:
-    """Put the base's parameters in place; returns what was there."""
-    replaced = []
-    for hub in hubs(model).values():
-        if hub.backup:
-            now = {n: hub.site.holder._parameters[n] for n in hub.backup}
-            for name, p in hub.backup.items():
-                p.data = p.data.to(now[name].device)  # the model may have moved since
-            replaced.append((hub, now))
-            _install(hub, hub.backup)
-    return replaced
 
 
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
@@ -269,7 +301,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         for each in gone:
             if each in hub.adapters:
                 del hub.adapters[each]
-        if not hub.adapters and not hub.backup:
+        if not hub.adapters and not hub.swaps:
             _remove(hub)
     for each in gone:
         del state.records[each]

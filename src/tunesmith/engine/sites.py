@@ -35,7 +35,7 @@ class Site:
     bias: str | None = None
     transposed: bool = False
     names: tuple[str, ...] = field(default=())
-    gradient: Tensor | None = None  # of W on the calibration data, (out, in), while adapters are built
+    seen: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # while adapters are built: statistic -> parameter -> what calibration found
 
     def __post_init__(self):
         self.names = self.names or tuple(name for name, p in self.holder.named_parameters(recurse=False))
@@ -68,6 +68,24 @@ class Site:
         """(W (out, in), b (out,) or None) as views of raw parameter values."""
         raw = values[self.weight]
         return (raw.T if self.transposed else raw.flatten(1)), values.get(self.bias)
+
+    def _seen(self, statistic: str) -> Tensor | None:
+        return self.matrix(self.seen[statistic])[0] if statistic in self.seen else None
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """The gradient of W on the calibration data, (out, in), where the method asked for it."""
+        return self._seen("gradient")
+
+    @property
+    def squares(self) -> Tensor | None:
+        """The squared gradients of W, (out, in), summed over the backwards of the calibration."""
+        return self._seen("squares")
+
+    @property
+    def inputs(self) -> Tensor | None:
+        """The mean magnitude of each input on the calibration data, (in,)."""
+        return self.seen.get("inputs", {}).get("x")
 
     def raw(self, W: Tensor, b: Tensor | None) -> dict[str, Tensor]:
         """The inverse of `matrix`, in the parameters' own dtypes."""

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..errors import TunesmithError, nearest
 from ..files import atomic_folder
 from .adapter import Adapter
-from .model import adapters, hubs, record_of, unwrap
+from .model import adapters, record_of, unmerged, unwrap
+from .pack import pack, packable, unpack
 from .sites import Site
 
 FORMAT = 1
@@ -34,7 +35,7 @@ def tensors_of(model: nn.Module, name: str, once: bool = True) -> dict[str, Tens
                 continue
             seen.add(id(tensor))
             full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            if not full.numel():
+            if not full.numel() and not adapter.grows:
                 raise TunesmithError(f"tensor {key!r} of adapter {name!r} at {path!r} is empty: the model is sharded; gather its parameters before saving")
             found[f"{path}.{key}".lstrip(".")] = full.detach().cpu().contiguous()
     return found
@@ -50,18 +51,16 @@ def fingerprint(model: nn.Module, without: set[str] = frozenset()) -> dict[str, 
 
     `without`: site paths whose own parameters are left out, such as a new head.
     """
-    merged = {path: hub.backup for path, hub in hubs(model).items()}
     structure, content = hashlib.sha256(), hashlib.sha256()
-    for path, p in unwrap(model).named_parameters():
-        module, _, name = path.rpartition(".")
-        if ".tunesmith." in f".{path}" or module in without:
-            continue
-        p = merged.get(module, {}).get(name, p)
-        p = p.full_tensor() if hasattr(p, "full_tensor") else p
-        structure.update(f"{path}{tuple(p.shape)}".encode())
-        if not p.is_meta and p.numel():
-            sample = p.detach().flatten()[:: max(1, p.numel() // 64)][:64]
-            content.update(zlib.crc32(sample.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()).to_bytes(4, "big"))
+    with unmerged(model):
+        for path, p in unwrap(model).named_parameters():
+            if ".tunesmith." in f".{path}" or path.rpartition(".")[0] in without:
+                continue
+            p = p.full_tensor() if hasattr(p, "full_tensor") else p
+            structure.update(f"{path}{tuple(p.shape)}".encode())
+            if not p.is_meta and p.numel():
+                sample = p.detach().flatten()[:: max(1, p.numel() // 64)][:64]
+                content.update(zlib.crc32(sample.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()).to_bytes(4, "big"))
     return {"structure": structure.hexdigest()[:16], "content": content.hexdigest()[:16]}
 
 
@@ -69,7 +68,8 @@ def save(model: nn.Module, folder: str | Path, name: str, version: str) -> None:
     """Write one adapter as a folder that appears whole or not at all."""
     record = record_of(model, name)
     found = tensors_of(model, name)
-    data = save_tensors(found, metadata={"format": "pt"})
+    packed = {key: pack(t) for key, t in found.items() if packable(t)}
+    data = save_tensors(found | packed, metadata={"format": "pt"})
     saved = {path for path in adapters(model, name) if path not in record.sites}
     card = {
         "format": FORMAT,
@@ -80,6 +80,7 @@ def save(model: nn.Module, folder: str | Path, name: str, version: str) -> None:
         "modules_to_save": sorted(saved),
         "base": {"class": base_class(model), "name": str(getattr(getattr(unwrap(model), "config", None), "_name_or_path", "")), **fingerprint(model, saved)},
         "tensors": {key: [str(t.dtype).removeprefix("torch."), *t.shape] for key, t in found.items()},
+        "packed": sorted(packed),
         "sha256": hashlib.sha256(data).hexdigest(),
         "lineage": record.lineage,
     }
@@ -143,7 +144,11 @@ def read(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise TunesmithError(f"cannot read {path}: {error.strerror}") from None
     if hashlib.sha256(data).hexdigest() != card.get("sha256"):
         raise TunesmithError(f"{path} is damaged (truncated or changed: its checksum does not fit); copy the adapter folder again")
-    return card, read_tensors(path, data)
+    found = read_tensors(path, data)
+    try:
+        return card, found | {key: unpack(found[key]) for key in card.get("packed", [])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise TunesmithError(f"{path} is damaged ({error}); copy the adapter folder again") from None
 
 
 def check_base(model: nn.Module, card: dict, force: bool) -> None:
@@ -169,11 +174,13 @@ def fill(built: dict[str, tuple[Site, Adapter]], found: dict[str, Tensor], where
     wanted = {next((key for key, *_ in places if key in found), places[0][0]): places for places in shared.values()}
     problems = [f"missing {key!r}{nearest(key, found.keys() - wanted.keys(), 1)}" for key in wanted if key not in found]
     problems += [f"unexpected {key!r}{nearest(key, wanted.keys() - found.keys(), 1)}" for key in found if key not in wanted]
-    for key, [(*_, t), *_] in wanted.items():
+    for key, [(_, adapter, name, t), *_] in wanted.items():
         if key in found and found[key].shape != t.shape:
             problems.append(f"{key!r} has shape {tuple(found[key].shape)}, the model needs {tuple(t.shape)}")
         elif key in found and found[key].is_floating_point() != t.is_floating_point():
             problems.append(f"{key!r} is {found[key].dtype}, the model needs {t.dtype}")
+        elif key in found and (limit := adapter.limits.get(name)) and found[key].numel() and not (0 <= found[key].min() and found[key].max() < limit):
+            problems.append(f"{key!r} points outside of the layer, which has positions 0 to {limit - 1:,}")
     if problems:
         problems = [p if len(p) < 300 else p[:300] + " …" for p in problems]
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""

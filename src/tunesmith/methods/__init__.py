@@ -11,16 +11,23 @@ from .fourierft import FourierFT
 from .full import BitFit, Full, LinearProbe, LNTuning
 from .hut import HUT
 from .ia3 import IA3
+from .id3 import ID3
 from .lora import LoRA, PiSSA, RSLoRA
 from .method import Method, adapt, parse, registry
 from .mhr import MHR, Poly, few_shot
 from .mola import MoLA
+from .neuroada import NeuroAda
 from .paca import PaCA
 from .prefix_tuning import PrefixTuning
 from .prompt_tuning import PromptTuning
 from .s2_lora import S2LoRA
+from .s2ft import S2FT, co_permuted
 from .series_adapter import SeriesAdapter
+from .shira import SHiRA
+from .snell import SNELL, density
+from .snella import SNELLA
 from .soka import SoKA
+from .spt import SPTAdapter, SPTLoRA
 from .transformed_lora import TransformedLoRA
 from .vera import VeRA
 from .wara import WaRA

@@ -120,7 +120,7 @@ class LoRA(Method):
 
     @property
     def calibrated(self):
-        return self.init == "gradient"
+        return ("gradient",) if self.init == "gradient" else ()
 
     def layer(self, site):
         return LoRALayer(self, site)

@@ -95,9 +95,13 @@ class Method(BaseModel):
         return [{"params": list({id(p): p for a in adapters.values() for p in a.parameters() if p.requires_grad}.values()), "lr": lr}]
 
     @property
-    def calibrated(self) -> bool:
-        """Whether the adapters are built from the base's gradients on some data (`site.gradient`)."""
-        return False
+    def calibrated(self) -> tuple[str, ...]:
+        """What the adapters are built from beside the weights: `gradient`, `squares` or `inputs`, at each site as `site.gradient` and so on."""
+        return ()
+
+    def allot(self, model: nn.Module, configs: dict[str, "Method"], by_path: dict[str, Site]) -> dict[str, "Method"]:
+        """The config of each site where what one site gets depends on the others, as under a common budget; sites that get nothing are left out."""
+        return configs
 
     def for_tasks(self, count: int) -> "Method":
         """The config for data whose rows are of `count` tasks, 0 where they name none; methods that route by task take it over."""
@@ -109,7 +113,8 @@ class Method(BaseModel):
 
     def stage(self, adapters: dict[str, Adapter], total_steps: int):
         """What changes while training: an object with `step()`, to be called after each optimiser step while the gradients
-        are still there, `state_dict()` and `load_state_dict(state)`; or None."""
+        are still there, `state_dict()` and `load_state_dict(state)`, and perhaps `before_step(optimizer)`, to be called
+        between backward and that step; or None."""
         return None
 
     peft_type: ClassVar[str | None] = None  # what Hugging Face peft calls this method; None where it has no word for it
@@ -213,13 +218,23 @@ def adapt(
     if scored := {path: by_path[path] for path, each in configs.items() if each.calibrated}:
         if calibrate is None:
             raise TunesmithError(f"{config.method} starts from the model's gradients here: pass adapt(..., calibrate=function), which runs forward and backward on some batches")
-        score(model, scored, calibrate)
+        score(model, scored, calibrate, {name for path in scored for name in configs[path].calibrated})
     try:
+        alloted = {path: each for own in _groups(configs).values() for path, each in next(iter(own.values())).allot(model, own, by_path).items()}
+        configs = {path: alloted[path] for path in configs if path in alloted}
         attach(model, name, Record(config, configs), build(config, model, configs, by_path))
     finally:
         for site in by_path.values():
-            site.gradient = None
+            site.seen = {}
     return model
+
+
+def _groups(configs: dict[str, Method]) -> dict[type, dict[str, Method]]:
+    """The configs of each method by path."""
+    groups: dict[type, dict[str, Method]] = {}
+    for path, each in configs.items():
+        groups.setdefault(type(each), {})[path] = each
+    return groups
 
 
 def _with_tied(config: Method, model: nn.Module) -> Method:
@@ -232,11 +247,8 @@ def _with_tied(config: Method, model: nn.Module) -> Method:
 
 def build(config: Method, model: nn.Module, configs: dict[str, Method], by_path: dict[str, Site], tied: bool = True) -> dict[str, tuple[Site, Adapter]]:
     """Adapters of every site and full copies of `modules_to_save`, not yet attached; `tied` weights stay one weight."""
-    groups: dict[type, dict[str, Method]] = {}
-    for path, each in configs.items():
-        groups.setdefault(type(each), {})[path] = each
     built = {}
-    for members in groups.values():
+    for members in _groups(configs).values():
         built |= next(iter(members.values())).build(model, members, by_path)
     shared = {}
     return built | {s.path: (s, values_of(s, shared=shared if tied else None)) for s in saved_sites(config, model)}

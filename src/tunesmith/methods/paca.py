@@ -1,17 +1,17 @@
 """PaCA: a few columns of each weight are trained in place; of the layer's input only theirs is kept for backward."""
 
 from typing import Literal
-from zlib import crc32
 
 import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..engine.adapter import WeightAdapter
+from ..engine.adapter import Change, WeightAdapter
 from ..engine.fused import columns_change, columns_linear
 from ..engine.sites import Site
 from ..errors import TunesmithError
+from .entries import drawn, top
 from .lora import LoRA
 from .method import Method, Rank, Seed, empty
 
@@ -19,14 +19,20 @@ from .method import Method, Rank, Seed, empty
 class PaCALayer(WeightAdapter):
     """W̃ is W but for the columns S, which are W_S + s·D; S (r,) ascending, D (out, r) from zero."""
 
+    scattered = True
+
     def __init__(self, site: Site, S: Tensor, scale: float):
         super().__init__()
-        self.scale = scale
+        self.scale, self.limits = scale, {"S": site.in_features}
         self.register_buffer("S", S)
         self.D = nn.init.zeros_(empty(site.out_features, len(S), like=site.parameter))
 
     def merged(self, W, b):
         return W.to(torch.promote_types(W.dtype, self.D.dtype)).index_add(1, self.S, self.D, alpha=self.scale), b
+
+    def change(self, W):
+        dtype = torch.promote_types(W.dtype, self.D.dtype)
+        return Change(1, self.S, torch.add(W[:, self.S].to(dtype), self.D.detach(), alpha=self.scale))
 
     def forward(self, base, x, *args, **kwargs):
         if base.site.kind != "linear":
@@ -58,19 +64,17 @@ class PaCA(Method):
 
     @property
     def calibrated(self):
-        return self.choice == "gradient"
+        return ("gradient",) if self.choice == "gradient" else ()
 
     def columns(self, site: Site) -> Tensor:
         """The chosen columns, ascending. Ties go to the lower index."""
         if site.in_features < self.rank:
             raise TunesmithError(f"paca: {site.path!r} has {site.in_features} inputs, too few for rank={self.rank}; choose a lower rank, or leave the layer out of the targets")
-        if self.choice == "random" or site.parameter.is_meta:
-            generator = torch.Generator().manual_seed((self.seed + crc32(site.path.encode())) % 2**63)
-            order = torch.randperm(site.in_features, generator=generator)
-        else:
-            scored = site.gradient if self.calibrated else site.matrix(site.values)[0]
-            order = torch.linalg.vector_norm(scored.detach().float(), dim=0).sort(descending=self.choice != "smallest", stable=True).indices
-        return order[: self.rank].sort().values.to(site.parameter.device)
+        scored = site.gradient if self.calibrated else site.matrix(site.values)[0].detach()
+        if self.choice == "random" or scored is None or scored.is_meta:
+            return drawn(site, self.seed, site.in_features, self.rank).to(site.parameter.device)
+        norms = torch.linalg.vector_norm(scored.float(), dim=0)
+        return top(-norms if self.choice == "smallest" else norms, self.rank)
 
     def layer(self, site):
         return PaCALayer(site, self.columns(site), self.alpha / self.rank)

@@ -243,7 +243,7 @@ class SoKA(Method):
 
     @property
     def calibrated(self):
-        return self.init == "gradient"
+        return ("gradient",) if self.init == "gradient" else ()
 
     def layer(self, site):
         return SoKALayer(self, site)

@@ -1,15 +1,22 @@
 """What changes while training: the stages that methods ask for, as one object that a loop steps and a checkpoint holds."""
 
+import torch
 from torch import nn
 
 from ..engine.model import by_method, state_of
 
 
 class Stages:
-    """The stages of a model's active adapters. `step()` comes after each optimiser step, before the gradients are cleared."""
+    """The stages of a model's active adapters. `before_step(optimizer)` comes after a step's last backward (and, on several
+    processes, after its gradients are summed), `step()` after the optimiser's step, before the gradients are cleared."""
 
     def __init__(self, parts: dict[str, object]):
         self.parts = parts
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        for part in self.parts.values():
+            if hasattr(part, "before_step"):
+                part.before_step(optimizer)
 
     def step(self) -> None:
         for part in self.parts.values():

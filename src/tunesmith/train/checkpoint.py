@@ -63,11 +63,12 @@ def read(file: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optim
     except Exception as error:  # a damaged zip fails in many ways
         raise TunesmithError(f"the checkpoint {file} cannot be read; start the run anew (--overwrite)") from error
     saved = state["parameters"]
-    if {n: p.shape for n, p in saved.items()} != {n: p.shape for n, p in parameters.items()}:
+    if same := state["stages"].keys() == stages.parts.keys():
+        stages.load_state_dict(state["stages"])  # first: parameters may have grown
+    if not same or {n: p.shape for n, p in saved.items()} != {n: p.shape for n, p in parameters.items()}:
         raise TunesmithError(f"the checkpoint {file} was written for another model or method; start the run anew (--overwrite)")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
     optimizer.load_state_dict(state["optimizer"])
-    stages.load_state_dict(state["stages"])
     return Progress(**state["progress"])

@@ -212,6 +212,7 @@ def _run(recipe, progress, resume, overwrite):
         if state.step == 0 and rank == 0 and math.isfinite(loss) and (warning := assert_learning(model)):
             tell({"event": "note", "text": warning})
         sum_gradients(parameters.values(), world)
+        stages.before_step(optimizer)
         norm = nn.utils.clip_grad_norm_(parameters.values(), recipe.grad_clip or math.inf)
         if not math.isfinite(loss) or not torch.isfinite(norm):
             what = "loss" if not math.isfinite(loss) else "gradient"
