@@ -22,9 +22,9 @@ def build(case, P=None):
     )
     (adapter,) = adapters(model, "default").values()
     with torch.no_grad():
-        adapter.S.copy_(case.tensors["param.indices"])
+        adapter.index.copy_(case.tensors["param.indices"])
         if P is not None:
-            adapter.D.copy_(P - weight[:, adapter.S] / case.config["scaling"])
+            adapter.v.copy_(P - weight[:, adapter.index] / case.config["scaling"])
     return model, adapter
 
 
@@ -45,8 +45,8 @@ def test_layer(name):
     torch.testing.assert_close(y, case.tensors["out.y"], **close)
     torch.testing.assert_close(loss, case.tensors["out.loss"], **close)
     torch.testing.assert_close(x.grad, case.tensors["grad.x"], **close)
-    torch.testing.assert_close(adapter.D.grad, case.tensors["grad.paca_w"], **close)
-    torch.testing.assert_close(base[:, adapter.S] / case.config["scaling"], case.tensors["out.paca_w_at_init"], **close)
+    torch.testing.assert_close(adapter.v.grad, case.tensors["grad.paca_w"], **close)
+    torch.testing.assert_close(base[:, adapter.index] / case.config["scaling"], case.tensors["out.paca_w_at_init"], **close)
     if "out.merged_weight" in case.tensors:
         torch.testing.assert_close(ts.merge(model)[0].weight.detach(), case.tensors["out.merged_weight"], **close)
 
@@ -55,7 +55,7 @@ def test_layer(name):
 def test_steps_of_adam(name):
     case = read(FOLDER, name)
     model, adapter = build(case)
-    start = model[0].weight[:, adapter.S] / case.config["scaling"]
+    start = model[0].weight[:, adapter.index] / case.config["scaling"]
     torch.testing.assert_close(start, case.tensors["param.paca_w_init"])
     optimizer = torch.optim.Adam(ts.trainable(model).values(), lr=case.config["lr"])
     for x, target, expected in zip(case.tensors["in.x"], case.tensors["in.target"], case.tensors["out.losses"], strict=True):
@@ -64,5 +64,5 @@ def test_steps_of_adam(name):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    torch.testing.assert_close(start + adapter.D, case.tensors["out.paca_w_final"], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(start + adapter.v, case.tensors["out.paca_w_final"], atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(ts.merge(model)[0].weight.detach(), case.tensors["out.merged_weight"], atol=1e-6, rtol=1e-5)

@@ -40,14 +40,14 @@ def test_layer(name):
     block = range(case.config["start"], case.config["end"])
     (adapter,) = attached(model, {"0": block}, {"0"} if name == "column_block" else ()).values()
     with torch.no_grad():
-        adapter.D.copy_(case.tensors["param.s2"])
+        adapter.v.copy_(case.tensors["param.s2"])
     x = case.tensors["in.x"].clone().requires_grad_()
     y = model(x)
     loss = (y * case.tensors["in.loss_coeff"]).sum() + 0.5 * (y**2).sum()
     loss.backward()
     torch.testing.assert_close(y, case.tensors["out.y"], **CLOSE)
     torch.testing.assert_close(x.grad, case.tensors["grad.x"], **CLOSE)
-    torch.testing.assert_close(adapter.D.grad, case.tensors["grad.s2"], **CLOSE)
+    torch.testing.assert_close(adapter.v.grad, case.tensors["grad.s2"], **CLOSE)
     torch.testing.assert_close(ts.merge(model)[0].weight.detach(), case.tensors["out.merged_weight"], **CLOSE)
 
 
@@ -56,13 +56,13 @@ def test_partial_backpropagation():
     case = read(FOLDER, "partial_backprop_cols")
     model = nn.Sequential(linear(case.part("frozen")))
     (adapter,) = attached(model, {"0": range(3, 9)}).values()
-    optimizer = torch.optim.Adam([adapter.D], lr=1e-2)
+    optimizer = torch.optim.Adam([adapter.v], lr=1e-2)
     for t, (x, target) in enumerate(zip(case.tensors["in.x"], case.tensors["in.target"], strict=True), 1):
         loss = ((model(x) - target) ** 2).mean()
         torch.testing.assert_close(loss, case.tensors["out.losses"][t - 1])
-        adapter.D.grad = None
+        adapter.v.grad = None
         loss.backward()
-        torch.testing.assert_close(adapter.D.grad, case.tensors["out.block_grad"][t - 1])
+        torch.testing.assert_close(adapter.v.grad, case.tensors["out.block_grad"][t - 1])
         optimizer.param_groups[0]["eps"] = 1e-6 / (1 - 0.999**t) ** 0.5
         optimizer.step()
     torch.testing.assert_close(ts.merge(model)[0].weight.detach(), case.tensors["out.weight_final"], atol=1e-7, rtol=1e-5)
@@ -114,14 +114,14 @@ def test_co_permutation():
     own = attached(model, chosen, rows)
     with torch.no_grad():
         for path, (D, by) in blocks.items():
-            own[path].D.copy_(D[by] if path in rows else D[:, by])
+            own[path].v.copy_(D[by] if path in rows else D[:, by])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for moved in (False, True):
         if moved:
             context = ts.co_permuted(model)
             context.__enter__()
             for path, (a, e) in c["start_end"].items():
-                assert own[path].S.tolist() == list(range(a, e)), path
+                assert own[path].index.tolist() == list(range(a, e)), path
             W = model.self_attn.q_proj.weight
             torch.testing.assert_close(W.detach(), case.tensors["out.permuted.self_attn.q_proj.weight"])
         attn, mlp = model(x)
@@ -134,6 +134,6 @@ def test_co_permutation():
         for path, (_, by) in blocks.items():
             grad = case.tensors[f"grad.{path}.s2"]
             if not moved:
-                torch.testing.assert_close(own[path].D.grad, grad[by] if path in rows else grad[:, by], **CLOSE)
+                torch.testing.assert_close(own[path].v.grad, grad[by] if path in rows else grad[:, by], **CLOSE)
     context.__exit__(None, None, None)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

@@ -8,7 +8,7 @@ from torch import nn
 
 import tunesmith as ts
 from tests import tiny
-from tunesmith.engine.fused import entries_linear
+from tunesmith.engine.fused import sparse_linear
 from tunesmith.engine.fused.sparse import sampled
 from tunesmith.engine.model import adapters
 from tunesmith.methods.entries import top
@@ -107,7 +107,7 @@ def test_gradients(density):
     stirred(model)
     x, b, W = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True), model[0].bias, model[0].weight.detach().clone().requires_grad_()
     v = adapter.v.detach().clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, W, v: entries_linear(x, W, b, v, adapter.index), (x, W, v))
+    assert torch.autograd.gradcheck(lambda x, W, v: sparse_linear(x, W, b, v, adapter.index, None), (x, W, v))
     g, rows = torch.randn(10, 6, dtype=torch.float64), x.detach().reshape(10, 8)
     torch.testing.assert_close(sampled(g, rows, adapter.index), (g.T @ rows).flatten()[adapter.index])
 

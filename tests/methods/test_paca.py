@@ -39,18 +39,18 @@ def test_choices():
     torch.manual_seed(0)
     plain = nn.Linear(12, 8, dtype=torch.float64)
     order = plain.weight.norm(dim=0).argsort()
-    assert set(one(choice="largest")[1].S.tolist()) == set(order[-3:].tolist())
-    assert set(one(choice="smallest")[1].S.tolist()) == set(order[:3].tolist())
+    assert set(one(choice="largest")[1].index.tolist()) == set(order[-3:].tolist())
+    assert set(one(choice="smallest")[1].index.tolist()) == set(order[:3].tolist())
     plain(x).square().sum().backward()
-    assert set(one(x, choice="gradient")[1].S.tolist()) == set(plain.weight.grad.norm(dim=0).argsort()[-3:].tolist())
-    drawn = [one(seed=seed)[1].S.tolist() for seed in range(20)]
-    assert drawn == [one(seed=seed)[1].S.tolist() for seed in range(20)] and all(each == sorted(set(each)) for each in drawn)
+    assert set(one(x, choice="gradient")[1].index.tolist()) == set(plain.weight.grad.norm(dim=0).argsort()[-3:].tolist())
+    drawn = [one(seed=seed)[1].index.tolist() for seed in range(20)]
+    assert drawn == [one(seed=seed)[1].index.tolist() for seed in range(20)] and all(each == sorted(set(each)) for each in drawn)
     assert len(set(map(tuple, drawn))) > 15
 
 
 def test_layers_of_equal_shape_draw_their_own_columns():
     model = ts.adapt(tiny.tiny_llama(), "paca", targets=["q_proj", "o_proj"])
-    drawn = [tuple(a.S.tolist()) for a in adapters(model, "default").values()]
+    drawn = [tuple(a.index.tolist()) for a in adapters(model, "default").values()]
     assert len(set(drawn)) == len(drawn) == 4
 
 
@@ -65,8 +65,8 @@ def test_only_the_chosen_columns_change():
     stirred(model)
     merged = ts.merge(model)[0].weight
     changed = (merged != before).any(0).nonzero()[:, 0]
-    assert changed.tolist() == adapter.S.tolist()
-    torch.testing.assert_close(merged[:, adapter.S], before[:, adapter.S] + 8 / 3 * adapter.D)
+    assert changed.tolist() == adapter.index.tolist()
+    torch.testing.assert_close(merged[:, adapter.index], before[:, adapter.index] + 8 / 3 * adapter.v)
     assert torch.equal(ts.unmerge(model)[0].weight, before)
 
 
@@ -76,10 +76,10 @@ def test_gradients():
     x = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
 
     def run(x, D):
-        adapter.D = nn.Parameter(D.detach())
-        return torch.func.functional_call(model, {"0.tunesmith.adapters.default.D": D}, (x,))
+        adapter.v = nn.Parameter(D.detach())
+        return torch.func.functional_call(model, {"0.tunesmith.adapters.default.v": D}, (x,))
 
-    assert torch.autograd.gradcheck(run, (x, adapter.D.detach().clone().requires_grad_()))
+    assert torch.autograd.gradcheck(run, (x, adapter.v.detach().clone().requires_grad_()))
 
 
 @pytest.mark.parametrize("shape", [(6,), (2, 5), (2, 3, 4)])
@@ -88,7 +88,7 @@ def test_only_the_chosen_inputs_are_kept(shape):
     x, kept = torch.randn(*shape, 12, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         model(x).sum().backward()
-    own = {model[0].weight.data_ptr(), adapter.D.data_ptr(), adapter.S.data_ptr()}
+    own = {model[0].weight.data_ptr(), adapter.v.data_ptr(), adapter.index.data_ptr()}
     assert sum(t.numel() for t in kept if t.data_ptr() not in own) == x.numel() // 12 * 3
 
 

@@ -110,7 +110,7 @@ class Change:
     def put(self, W: Tensor) -> None:
         """The values into W, in place."""
         if self.dim is not None:
-            W.index_copy_(self.dim, self.index, self.values.to(W.dtype))
+            W.index_copy_(self.dim, self.index.long(), self.values.to(W.dtype))
         elif W.is_contiguous():
             W.view(-1).index_copy_(0, self.index.long(), self.values.to(W.dtype))
         else:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.adapter import Change, WeightAdapter
-from ..engine.fused import entries_change, entries_linear
+from ..engine.fused import changed, sparse_change, sparse_linear
 from ..engine.sites import Site
 from .method import empty
 
@@ -31,28 +31,31 @@ def drawn(site: Site, seed: int, n: int, k: int, skip: int = 0) -> Tensor:
     return torch.randperm(n, generator=generator(site, seed))[skip : skip + k].sort().values
 
 
-class EntriesLayer(WeightAdapter):
-    """W̃ is W but at the flat positions `index` (K,), ascending, of W (out, in), where v (K,), from zero, is added."""
+class ChosenLayer(WeightAdapter):
+    """W̃ is W but for what `index` names, where s·v, from zero, is added: rows (dim 0), columns (dim 1) or flat positions (dim None), ascending."""
 
     scattered = True
 
-    def __init__(self, site: Site, index: Tensor):
+    def __init__(self, site: Site, index: Tensor, dim: int | None = None, scale: float = 1.0):
         super().__init__()
-        size = site.out_features * site.in_features
-        self.limits = {"index": size}
-        self.register_buffer("index", index.to(torch.int32 if size < 2**31 else torch.int64))
-        self.v = nn.init.zeros_(empty(len(index), like=site.parameter))
+        (out, size), k = site.shape, len(index)
+        limit = {0: out, 1: size, None: out * size}[dim]
+        self.dim, self.scale, self.limits = dim, scale, {"index": limit}
+        self.register_buffer("index", index.to(site.parameter.device, torch.int32 if limit < 2**31 else torch.int64))
+        self.v = nn.init.zeros_(empty(*{0: (k, size), 1: (out, k), None: (k,)}[dim], like=site.parameter))
 
     def merged(self, W, b):
-        return W.to(torch.promote_types(W.dtype, self.v.dtype)).flatten().index_add(0, self.index, self.v).view(W.shape), b
+        return changed(W, self.v, self.index, self.dim, self.scale), b
 
     def change(self, W):
-        dtype = torch.promote_types(W.dtype, self.v.dtype)
-        return Change(None, self.index, W.take(self.index.long()).to(dtype) + self.v.detach().to(dtype))
+        change = Change(self.dim, self.index, self.v.detach())
+        here = change.of(W)
+        change.values = torch.add(here.to(torch.promote_types(W.dtype, self.v.dtype)), self.v.detach(), alpha=self.scale)
+        return change
 
     def forward(self, base, x, *args, **kwargs):
         if base.site.kind != "linear":
             return super().forward(base, x, *args, **kwargs)
         if base.plain:
-            return entries_linear(x, base.W, base.b, self.v, self.index)
-        return base(x) + entries_change(x, self.v, self.index, base.site.out_features)
+            return sparse_linear(x, base.W, base.b, self.v, self.index, self.dim, self.scale)
+        return base(x) + sparse_change(x, self.v, self.index, self.dim, base.site.out_features, self.scale)

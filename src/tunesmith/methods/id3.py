@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, PrivateAttr
 from torch import Tensor, nn
 
 from ..engine.adapter import WeightAdapter
-from ..engine.fused import entries_change, entries_linear
+from ..engine.fused import sparse_change, sparse_linear
 from ..engine.sites import Site
 from ..errors import TunesmithError
 from .entries import top
@@ -56,10 +56,10 @@ class ID3Layer(WeightAdapter):
             return super().forward(base, *args, **kwargs)
         v, index = self.v[self.matrix], self.index(self.matrix)
         if not base.plain:
-            y = base(*args) + entries_change(*args, v, index, base.site.out_features)
+            y = base(*args) + sparse_change(*args, v, index, None, base.site.out_features)
             return y if self.bias is None else y + (self.moved(self.bias, base.b) - base.b).to(y.dtype)
         watch = partial(self.watch, self.matrix, base.W) if self.wanted else None
-        return entries_linear(*args, base.W, base.b if self.bias is None else self.moved(self.bias, base.b), v, index, watch)
+        return sparse_linear(*args, base.W, base.b if self.bias is None else self.moved(self.bias, base.b), v, index, None, watch=watch)
 
     @torch.no_grad()
     def watch(self, name: str, theta: Tensor, g: Tensor) -> None:

@@ -8,7 +8,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from ..engine.sites import Site
-from .entries import EntriesLayer, drawn, generator, top
+from .entries import ChosenLayer, drawn, generator, top
 from .method import Method, Seed
 
 
@@ -51,7 +51,7 @@ class NeuroAda(Method):
         return positions.flatten().to(site.parameter.device)
 
     def layer(self, site):
-        return EntriesLayer(site, self.positions(site))
+        return ChosenLayer(site, self.positions(site))
 
     def count(self, site):
         rows, k = self._size(site)

@@ -4,48 +4,20 @@ from typing import Literal
 
 import torch
 from pydantic import Field, PositiveFloat
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ..engine.adapter import Change, WeightAdapter
-from ..engine.fused import columns_change, columns_linear
 from ..engine.sites import Site
 from ..errors import TunesmithError
-from .entries import drawn, top
+from .entries import ChosenLayer, drawn, top
 from .lora import LoRA
-from .method import Method, Rank, Seed, empty
-
-
-class PaCALayer(WeightAdapter):
-    """W̃ is W but for the columns S, which are W_S + s·D; S (r,) ascending, D (out, r) from zero."""
-
-    scattered = True
-
-    def __init__(self, site: Site, S: Tensor, scale: float):
-        super().__init__()
-        self.scale, self.limits = scale, {"S": site.in_features}
-        self.register_buffer("S", S)
-        self.D = nn.init.zeros_(empty(site.out_features, len(S), like=site.parameter))
-
-    def merged(self, W, b):
-        return W.to(torch.promote_types(W.dtype, self.D.dtype)).index_add(1, self.S, self.D, alpha=self.scale), b
-
-    def change(self, W):
-        dtype = torch.promote_types(W.dtype, self.D.dtype)
-        return Change(1, self.S, torch.add(W[:, self.S].to(dtype), self.D.detach(), alpha=self.scale))
-
-    def forward(self, base, x, *args, **kwargs):
-        if base.site.kind != "linear":
-            return super().forward(base, x, *args, **kwargs)
-        if base.plain:
-            return columns_linear(x, base.W, base.b, self.D, self.S, self.scale)
-        return base(x) + columns_change(x, self.D, self.S, self.scale)
+from .method import Method, Rank, Seed
 
 
 class PaCA(Method):
-    """PaCA (Woo et al. 2025, arXiv 2503.01905): `rank` input columns of W are trained, W̃_S = W_S + (α/r)·D.
+    """PaCA (Woo et al. 2025, arXiv 2503.01905): `rank` input columns of W are trained, W̃_S = W_S + (α/r)·v.
 
-    The authors' layer trains P = W_S·r/α + D in the place of W_S; D has the same gradient and the same steps of Adam,
+    The authors' layer trains P = W_S·r/α + v in the place of W_S; v has the same gradient and the same steps of Adam,
     and leaves the base as it is (their layer computes with columns a step old, and loses the original ones). It is LoRA
     whose A picks inputs, and a peft file of it is one of LoRA. `choice`: columns drawn at random, as in the paper; those
     of the largest or smallest norm; or of the largest norm of the gradient on calibration data, which their code leaves
@@ -77,7 +49,7 @@ class PaCA(Method):
         return top(-norms if self.choice == "smallest" else norms, self.rank)
 
     def layer(self, site):
-        return PaCALayer(site, self.columns(site), self.alpha / self.rank)
+        return ChosenLayer(site, self.columns(site), 1, self.alpha / self.rank)
 
     def count(self, site):
         return self.rank * site.out_features
@@ -95,5 +67,5 @@ class PaCA(Method):
         return self._as_lora().to_peft({path: config._as_lora() for path, config in configs.items()}, model)
 
     def peft_tensors(self, site, own):
-        A = F.one_hot(own["S"], site.in_features).to(own["D"].dtype)
-        return self._as_lora().peft_tensors(site, {"A": A, "B": own["D"]})
+        A = F.one_hot(own["index"].long(), site.in_features).to(own["v"].dtype)
+        return self._as_lora().peft_tensors(site, {"A": A, "B": own["v"]})

@@ -9,43 +9,15 @@ import torch
 from pydantic import Field, PositiveInt, PrivateAttr
 from torch import Tensor, nn
 
-from ..engine.adapter import Change, WeightAdapter
-from ..engine.fused import rows_change, rows_linear
 from ..engine.model import adapters as adapters_of
 from ..engine.model import state_of, unwrap
 from ..engine.sites import Site, Targets
 from ..errors import TunesmithError
-from .entries import top
-from .method import Method, Seed, empty
-from .paca import PaCALayer
+from .entries import ChosenLayer, top
+from .method import Method, Seed
 from .select import Coupled, coupled, parts
 
 Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class RowsLayer(WeightAdapter):
-    """W̃ is W but for the rows S, which are W_S + D; S (r,) ascending, D (r, in) from zero."""
-
-    scattered = True
-
-    def __init__(self, site: Site, S: Tensor):
-        super().__init__()
-        self.limits = {"S": site.out_features}
-        self.register_buffer("S", S)
-        self.D = nn.init.zeros_(empty(len(S), site.in_features, like=site.parameter))
-
-    def merged(self, W, b):
-        return W.to(torch.promote_types(W.dtype, self.D.dtype)).index_add(0, self.S, self.D), b
-
-    def change(self, W):
-        return Change(0, self.S, W[self.S] + self.D.detach())
-
-    def forward(self, base, x, *args, **kwargs):
-        if base.site.kind != "linear":
-            return super().forward(base, x, *args, **kwargs)
-        if base.plain:
-            return rows_linear(x, base.W, base.b, self.D, self.S)
-        return base(x) + rows_change(x, self.D, self.S, base.site.out_features)
 
 
 class S2FT(Method):
@@ -130,7 +102,7 @@ class S2FT(Method):
 
     def layer(self, site):
         chosen = torch.arange(self.kept, device=site.parameter.device) if self._chosen is None else self._chosen
-        return RowsLayer(site, chosen) if self.rows else PaCALayer(site, chosen, 1.0)
+        return ChosenLayer(site, chosen, 0 if self.rows else 1)
 
     def count(self, site):
         out, size = site.shape
@@ -170,7 +142,7 @@ def co_permuted(model: nn.Module, name: str = "default") -> Iterator[nn.Module]:
     Raises `TunesmithError` where other adapters are attached, this one is merged, or heads differ by more than their weights.
     """
     state, own = state_of(model), adapters_of(model, name)
-    if list(state.records) != [name] or state.merged or any(not isinstance(a, PaCALayer | RowsLayer) for a in own.values()):
+    if list(state.records) != [name] or state.merged or any(getattr(a, "dim", None) is None for a in own.values()):
         raise TunesmithError("co_permuted moves the base's weights, which no other adapter would follow: attach one s2ft adapter alone, not merged")
     orders = []
     for block in coupled(unwrap(model)):
@@ -202,8 +174,8 @@ def _units(adapter, block: Coupled, site: Site, first: int) -> list[int]:
     """The units that an adapter trains, ascending."""
     if adapter is None:
         return []
-    size = (site.out_features - first if isinstance(adapter, RowsLayer) else site.in_features) // block.units
-    return sorted(set(((adapter.S - first) // size).tolist()))
+    size = (site.in_features if adapter.dim else site.out_features - first) // block.units
+    return sorted(set(((adapter.index - first) // size).tolist()))
 
 
 @torch.no_grad()
@@ -221,6 +193,6 @@ def _move(block: Coupled, order: Tensor, own: dict) -> None:
             b.copy_(b[place])
         if site.path in own:
             adapter = own[site.path]
-            where, by = place.argsort()[adapter.S].sort()
-            adapter.S.copy_(where)
-            adapter.D.copy_(adapter.D[:, by] if outer else adapter.D[by])
+            where, by = place.argsort()[adapter.index.long()].sort()
+            adapter.index.copy_(where)
+            adapter.v.copy_(adapter.v[:, by] if outer else adapter.v[by])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..engine.sites import Site
 from ..errors import TunesmithError
-from .entries import EntriesLayer, drawn, top
+from .entries import ChosenLayer, drawn, top
 from .method import Method, Rank, Seed
 from .peft_targets import check_paths, exactly
 
@@ -76,7 +76,7 @@ class SHiRA(Method):
         return best[~torch.isin(best, top(scored, k * self.task))] if self.task else best
 
     def layer(self, site):
-        return EntriesLayer(site, self.positions(site))
+        return ChosenLayer(site, self.positions(site))
 
     peft_type = "SHIRA"
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..engine.adapter import WeightAdapter
-from ..engine.fused import entries_change, entries_linear, lowrank_linear
+from ..engine.fused import changed, lowrank_linear, sparse_change, sparse_linear
 from ..engine.sites import Site, find, head_paths, sites, within
 from ..errors import TunesmithError
 from .entries import top
@@ -59,11 +59,10 @@ class SPTLayer(WeightAdapter):
         return value.to(torch.promote_types(value.dtype, v.dtype)).index_add(0, getattr(self, f"index_{name}"), v)
 
     def merged(self, W, b):
-        dtype = torch.promote_types(W.dtype, torch.float32)
         if self.module == "lora":
-            W = W.to(dtype) + self.U @ self.D
+            W = W + self.U @ self.D
         if hasattr(self, "v"):
-            W = W.to(dtype).flatten().index_add(0, self.index, self.v).view(W.shape)
+            W = changed(W, self.v, self.index, None)
         return W, b if b is None else self.moved(self.bias, b)
 
     def fold(self, site, values):
@@ -81,8 +80,8 @@ class SPTLayer(WeightAdapter):
         (x,), b = args, base.b if base.b is None else self.moved(self.bias, base.b)
         if self.module == "lora":
             y = lowrank_linear(x, base.W, b, self.D, self.U, 1.0)
-            return y + entries_change(x, self.v, self.index, base.site.out_features) if hasattr(self, "v") else y
-        return entries_linear(x, base.W, b, self.v, self.index) if hasattr(self, "v") else F.linear(x, base.W.to(x.dtype), b if b is None else b.to(x.dtype))
+            return y + sparse_change(x, self.v, self.index, None, base.site.out_features) if hasattr(self, "v") else y
+        return sparse_linear(x, base.W, b, self.v, self.index, None) if hasattr(self, "v") else F.linear(x, base.W.to(x.dtype), b if b is None else b.to(x.dtype))
 
 
 def selection(scores: list[Tensor], taus: list[int]) -> list[list[int]]:

@@ -11,5 +11,5 @@ from .loss import linear_cross_entropy
 from .lowrank import dora_linear, grouped_change, grouped_lowrank_linear, lowrank_linear, weight_norm
 from .remade import merged_linear, remade
 from .routed import routed_change, routed_linear
-from .sparse import columns_change, columns_linear, entries_change, entries_linear, rows_change, rows_linear
+from .sparse import changed, sparse_change, sparse_linear
 from .spectral import spectral_linear
