@@ -6,6 +6,8 @@ from torch import nn
 
 import tunesmith as ts
 from tunesmith.engine.adapter import Adapter
+from tunesmith.engine.calls import score
+from tunesmith.engine.sites import sites
 from tunesmith.methods import Method, registry
 
 
@@ -139,3 +141,29 @@ def test_a_start_from_gradients(method):
     assert all(p.requires_grad for p in model.parameters())
     with pytest.raises(ts.TunesmithError, match="left no gradient at '0'"):
         ts.adapt(model, method(scored=True), targets=["0"], calibrate=lambda model: None)
+
+
+def test_statistics_of_the_calibration():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 2))
+    found = {s.path: s for s in sites(model)}
+    batches = [torch.randn(3, 4) for _ in range(2)]
+    score(model, found, lambda model: [model(x).square().sum().backward() for x in batches], ("gradient", "squares", "inputs"))
+    gradients = []
+    for x in batches:
+        model.zero_grad()
+        model(x).square().sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    for path, site in found.items():
+        for name in site.names:
+            each = [g[f"{path}.{name}"] for g in gradients]
+            torch.testing.assert_close(site.seen["gradient"][name], sum(each))
+            torch.testing.assert_close(site.seen["squares"][name], sum(g.square() for g in each))
+    torch.testing.assert_close(found["0"].inputs, torch.cat(batches).abs().mean(0))
+    assert found["1"].inputs is None and torch.equal(found["2"].gradient, found["2"].seen["gradient"]["weight"])
+
+
+def test_a_gradient_that_is_not_finite():
+    model = nn.Sequential(nn.Linear(4, 5))
+    with pytest.raises(ts.TunesmithError, match="gradient at '0' is not finite"):
+        score(model, {s.path: s for s in sites(model)}, lambda model: (model(torch.ones(1, 4)) * float("inf")).sum().backward())

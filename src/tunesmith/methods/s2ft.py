@@ -73,6 +73,7 @@ class S2FT(Method):
         for path in configs:
             site = by_path[path]
             role = known.get(path) or _Role("other", site, self.channels, site.in_features, False, 0, site.in_features)
+            role.site = site  # which knows what calibration found
             groups.setdefault(role.kind, {})[path] = role
         own = {}
         for roles in groups.values():

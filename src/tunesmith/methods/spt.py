@@ -97,8 +97,8 @@ class SPT(Method):
 
     A scalar's sensitivity is the sum of its squared gradients over the calibration's backwards. Of the τ most sensitive ones, those in
     a matrix train one by one, unless `ease` times their number reaches what a module on the matrix has: then that. A vector
-    trains whole if `vector_ease` times their number reaches its length. τ is the one of 79 whose total is nearest to
-    the budget. Embeddings and the head are no candidates. Unlike in the authors' code, entries of norms train where they
+    trains whole if `vector_ease` times their number reaches its length. τ is the one of 79, or
+    of more where these stay below, whose total is nearest to the budget. Embeddings and the head are no candidates. Unlike in the authors' code, entries of norms train where they
     are chosen (there they count, but do not), modules start from zero (there a later initialisation overwrites that), fused
     queries, keys and values are one matrix, and an adapter follows the layer everywhere (there not after the attention's output).
     """
@@ -143,13 +143,13 @@ class SPT(Method):
             total += size if whole else count
         return total, chosen
 
-    def choose(self, places: list[tuple[Site, str]], scores: list[Tensor], taus: list[int], budget: int) -> tuple[list[int], list[int | str]]:
-        """(sensitive entries of each parameter, what is done with them) at the τ whose total is nearest to the budget, the larger of two."""
+    def choose(self, places: list[tuple[Site, str]], scores: list[Tensor], taus: list[int], budget: int) -> tuple[int, list[int], list[int | str]]:
+        """(total, sensitive entries of each parameter, what is done with them) at the τ whose total is nearest to the budget, the larger of two."""
         taus = sorted({min(tau, sum(len(s) for s in scores)) for tau in taus})
         hits = selection(scores, taus)
         plans = [self.plan(places, each) for each in hits]
         nearest = min(range(len(taus)), key=lambda i: (abs(plans[i][0] - budget), -taus[i]))
-        return hits[nearest], plans[nearest][1]
+        return plans[nearest][0], hits[nearest], plans[nearest][1]
 
     def allot(self, model, configs, by_path):
         places = [(by_path[path], name) for path in configs for name in by_path[path].names]
@@ -157,7 +157,10 @@ class SPT(Method):
         if not any(s.any() for s in scores):
             raise TunesmithError(f"{self.method}: every gradient on the calibration data is zero, so that nothing is more sensitive than the rest; start the head at random")
         budget = self.budget or max(1, sum(p.numel() for p in model.parameters()) // 200)
-        hits, plans = self.choose(places, scores, [ceil(share * budget) for share in SWEEP], budget)
+        taus, most = [ceil(share * budget) for share in SWEEP], sum(len(s) for s in scores)
+        while (chosen := self.choose(places, scores, taus, budget))[0] < 0.95 * budget and taus[-1] < most:
+            taus += [ceil(taus[-1] * 1.1**k) for k in range(1, 9)]
+        _, hits, plans = chosen
         own = {}
         for (site, name), score, count, plan in zip(places, scores, hits, plans, strict=True):
             if not count:
