@@ -1,10 +1,14 @@
 """Positions in few bytes."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+import tunesmith as ts
 from tunesmith.engine.pack import pack, packable, packed_size, unpack
 
 
@@ -27,7 +31,7 @@ def test_other_tensors_are_left_alone(t):
 
 @pytest.mark.parametrize("data", [[], [128], [1, 200], [255] * 9 + [1, 0]])
 def test_damage(data):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="not packed positions"):
         unpack(torch.tensor(data, dtype=torch.uint8))
 
 
@@ -37,3 +41,14 @@ def test_any_bytes_are_read_or_refused(data):
         assert unpack(torch.frombuffer(bytearray(data), dtype=torch.uint8)).dtype == torch.int64
     except ValueError:
         pass
+
+
+@pytest.mark.parametrize("wrong", [24, 2**31 - 1])
+def test_a_file_with_positions_outside_of_the_layer_is_refused(wrong, tmp_path):
+    base = nn.Sequential(nn.Linear(6, 4))
+    model = ts.adapt(copy.deepcopy(base), ts.SHiRA(rank=1), targets=["0"])
+    model[0].tunesmith.adapters["default"].index[-1] = wrong
+    ts.save(model, tmp_path / "a")
+    with pytest.raises(ts.TunesmithError, match="'0.index' points outside of the layer, which has positions 0 to 23"):
+        ts.load(base, tmp_path / "a")
+    assert type(base[0]) is nn.Linear

@@ -4,6 +4,7 @@ from functools import partial
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from pydantic import Field, NonNegativeFloat, PositiveInt, PrivateAttr
 from torch import Tensor, nn
 
@@ -95,9 +96,10 @@ class ID3Layer(WeightAdapter):
 
 
 def score_of(theta: Tensor, g: Tensor, exp: float, eps: float) -> Tensor:
-    """D³, the score of ID³: |∂θ|/(|θ| + ε)^exp, flat and in float32 at least."""
+    """D³, the score of ID³: |∂θ|/(|θ| + ε)^exp, flat and in float32 at least; −1, never chosen, where it is not finite."""
     dtype = torch.promote_types(theta.dtype, torch.float32)
-    return g.flatten().to(dtype).abs() / (theta.flatten().to(dtype).abs() + eps) ** exp
+    score = g.flatten().to(dtype).abs() / (theta.flatten().to(dtype).abs() + eps) ** exp
+    return score.nan_to_num_(nan=-1, posinf=-1)
 
 
 class Schedule:
@@ -122,6 +124,8 @@ class Growth(Schedule):
 
     def __init__(self, layers: list[ID3Layer], total_steps: int):
         super().__init__(layers[0].config.budget, total_steps)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise TunesmithError("id3 chooses by the gradients of one process, and several would choose differently; run it on one, or over another method")
         self.layers = layers
         for layer in layers:
             layer.wanted = self.quota()
@@ -198,8 +202,9 @@ class ID3(Method):
     Sung et al. 2021: one row a backward for per-example squares); `gradient`, the largest |Σ∂θ|; `magnitude`, the largest |θ|.
     Ties go to the lower position, where the authors' code may train too few or too many. Values and moments exist for
     chosen scalars alone; each layer's whole gradient, which the scores need, lives only inside its backward. Where a step
-    has several backwards, scores and the new scalars' first gradient are those of the last. `over`: another method among
-    whose trained parameters is chosen, instead of the base's.
+    has several backwards, scores and the new scalars' first gradient are those of the last. The choice is made by
+    `ts.stages`, without which nothing trains with `mask="id3"`. `over`: another method among whose trained parameters is
+    chosen, instead of the base's.
     """
 
     method, family, title, paper = "id3", "selective", "Incremental dynamic unmasking", "arXiv:2408.14470"

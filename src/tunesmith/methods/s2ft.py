@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import ceil
 from typing import Annotated, Literal
 
@@ -110,11 +111,17 @@ class S2FT(Method):
         return (self.kept or ceil(self.channels * size)) * (size if self.rows else out)
 
 
+@dataclass
 class _Role:
-    """What a layer trains: a share of its units, each as many columns or rows, from `first` on."""
+    """What a layer trains: a share of its units, which are the `size` columns or rows from `first` on in equal parts."""
 
-    def __init__(self, kind: str, site: Site, share: float, units: int, rows: bool, first: int, size: int):
-        self.kind, self.site, self.share, self.units, self.rows, self.first, self.size = kind, site, share, units, rows, first, size
+    kind: str
+    site: Site
+    share: float
+    units: int
+    rows: bool
+    first: int
+    size: int
 
     def score(self, choice: str) -> Tensor:
         """A number for each unit."""

@@ -1,21 +1,20 @@
 """SPT: what trains, single weights or a module on a whole matrix, is chosen by sensitivity under one budget."""
 
+from dataclasses import dataclass
 from math import ceil
 from typing import ClassVar
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, PrivateAttr
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, PrivateAttr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..engine.adapter import WeightAdapter
 from ..engine.fused import changed, lowrank_linear, sparse_change, sparse_linear
-from ..engine.sites import Site, find, head_paths, sites, within
+from ..engine.sites import Site, Targets, find, head_paths, sites
 from ..errors import TunesmithError
 from .entries import top
 from .method import Method, Rank, empty
-
-SWEEP = [0.02 * k for k in range(1, 80)]  # numbers of sensitive weights that are tried, as shares of the budget
 
 
 class SPTLayer(WeightAdapter):
@@ -56,7 +55,7 @@ class SPTLayer(WeightAdapter):
         if name not in self.vectors:
             return value
         v = self.vectors[name]
-        return value.to(torch.promote_types(value.dtype, v.dtype)).index_add(0, getattr(self, f"index_{name}"), v)
+        return value.to(torch.promote_types(value.dtype, v.dtype)).flatten().index_add(0, getattr(self, f"index_{name}"), v).view(value.shape)
 
     def merged(self, W, b):
         if self.module == "lora":
@@ -72,7 +71,10 @@ class SPTLayer(WeightAdapter):
 
     def forward(self, base, *args, **kwargs):
         y = self._before(base, *args, **kwargs)
-        return y + F.linear(F.gelu(F.linear(y, self.D.to(y.dtype), self.d.to(y.dtype))), self.U.to(y.dtype), self.u.to(y.dtype)) if self.module == "adapter" else y
+        if self.module != "adapter":
+            return y
+        h = F.gelu(F.linear(y, self.D.to(y.dtype), self.d.to(y.dtype)))
+        return y + F.linear(h, self.U.to(y.dtype), self.u.to(y.dtype))
 
     def _before(self, base, *args, **kwargs):
         if base.site.kind != "linear" or not base.plain:
@@ -84,23 +86,59 @@ class SPTLayer(WeightAdapter):
         return sparse_linear(x, base.W, b, self.v, self.index, None) if hasattr(self, "v") else F.linear(x, base.W.to(x.dtype), b if b is None else b.to(x.dtype))
 
 
-def selection(scores: list[Tensor], taus: list[int]) -> list[list[int]]:
-    """How many of the τ largest scores (flat, over all tensors) each tensor has, for every τ."""
-    owner = torch.cat([torch.full((min(len(s), taus[-1]),), i) for i, s in enumerate(scores)])
-    best = torch.cat([s[top(s, min(len(s), taus[-1]))].cpu() for s in scores])
-    order = owner[best.sort(descending=True, stable=True).indices]
-    return [torch.bincount(order[:tau], minlength=len(scores)).tolist() for tau in taus]
+@dataclass
+class Candidate:
+    """A parameter that may train: `scores`, flat, are the sensitivities of its entries."""
+
+    config: "SPT"
+    site: Site
+    name: str
+    scores: Tensor
+
+    @property
+    def matrix(self) -> bool:
+        return self.name == self.site.weight
+
+    def plan(self, hits: int) -> tuple[int, bool]:
+        """(trained parameters, whether they are a module on the matrix or the whole vector) with so many sensitive entries."""
+        size, ease = (self.config.cost(self.site), self.config.ease) if self.matrix else (len(self.scores), self.config.vector_ease)
+        structured = hits > 0 and hits * ease >= size
+        return size if structured else hits, structured
+
+
+def ranked(scores: list[Tensor], most: int) -> Tensor:
+    """Which of the tensors (flat) has the largest score, which the next, for the `most` largest of all; ties go to the earlier one."""
+    best, owner = torch.zeros(0, dtype=scores[0].dtype), torch.zeros(0, dtype=torch.int32)
+    for i, each in enumerate(scores):
+        rivals = (each if len(best) < most else each[each > best.min().to(each.device)]).cpu()
+        best, owner = torch.cat([best, rivals]), torch.cat([owner, torch.full((len(rivals),), i, dtype=torch.int32)])
+        if len(best) > most:
+            kept = top(best, most)
+            best, owner = best[kept], owner[kept]
+    return owner[best.sort(descending=True, stable=True).indices]
+
+
+def choose(candidates: list[Candidate], taus: list[int], budget: int) -> tuple[int, list[tuple[int, bool]]]:
+    """(trained parameters, the plan of each candidate) for the τ largest scores, at the τ whose total is nearest to the budget, the larger of two."""
+    order, found = ranked([c.scores for c in candidates], max(taus)), []
+    for tau in taus:
+        hits = torch.bincount(order[:tau], minlength=len(candidates)).tolist()
+        plans = [candidate.plan(count) for candidate, count in zip(candidates, hits, strict=True)]
+        total = sum(count for count, _ in plans)
+        found.append((abs(total - budget), -tau, total, plans))
+    return min(found)[2:]
 
 
 class SPT(Method):
     """Sensitivity-aware tuning (He et al. 2023, arXiv 2303.08566); subclasses say what trains a whole matrix.
 
-    A scalar's sensitivity is the sum of its squared gradients over the calibration's backwards. Of the τ most sensitive ones, those in
-    a matrix train one by one, unless `ease` times their number reaches what a module on the matrix has: then that. A vector
-    trains whole if `vector_ease` times their number reaches its length. τ is the one of 79, or
-    of more where these stay below, whose total is nearest to the budget. Embeddings and the head are no candidates. Unlike in the authors' code, entries of norms train where they
-    are chosen (there they count, but do not), modules start from zero (there a later initialisation overwrites that), fused
-    queries, keys and values are one matrix, and an adapter follows the layer everywhere (there not after the attention's output).
+    A scalar's sensitivity is the sum of its squared gradients over the calibration's backwards. Of the τ most sensitive ones,
+    those in a matrix train one by one, unless `ease` times their number reaches what a module on the matrix has: then that.
+    A vector trains whole if `vector_ease` times their number reaches its length. τ is the one of 79, or of more where these
+    stay below, whose total is nearest to the budget. Embeddings and the head are candidates only as `targets`. Unlike in the
+    authors' code, entries of norms train where they are chosen (there they count, but do not), modules start from zero (there a later
+    initialisation overwrites that), fused queries, keys and values are one matrix, and an adapter follows the layer
+    everywhere (there not after the attention's output).
     """
 
     family, paper = "selective", "arXiv:2303.08566"
@@ -108,80 +146,69 @@ class SPT(Method):
     default_lr = 1e-3
     module: ClassVar[str]
 
+    targets: Targets = "default"
     budget: PositiveInt | None = Field(None, description="trained parameters aimed at; None: half a per cent of the base's")
     rank: Rank = Field(8, description="width of a module")
     ease: PositiveFloat = Field(10.0, description="how much sooner a matrix gets a module than when it has as many sensitive entries; 10 in the authors' code, 1 in the paper")
     vector_ease: PositiveFloat = Field(5.0, description="the same of training a vector whole")
     structured: bool = Field(False, description="whether the matrix has a module; filled in")
-    entries: int = Field(0, ge=0, description="single entries of the matrix that train; filled in")
-    vectors: dict[str, int] = Field({}, description="trained entries of each vector; filled in")
+    entries: NonNegativeInt = Field(0, description="single entries of the matrix that train; filled in")
+    vectors: dict[str, PositiveInt] = Field({}, description="trained entries of each vector; filled in")
     _chosen: dict = PrivateAttr(default_factory=dict)
 
     @property
     def calibrated(self):
         return ("squares",)
 
-    def select(self, model):
-        if self.targets != "all-linear":
-            return super().select(model)
-        matrices = find(model, "all-linear", tuple(kind for kind in self.works_on if kind != "norm"), self.method, self.saved_paths(model))
-        norms = {s.path: (s, {}) for s in sites(model) if s.kind == "norm" and s.path not in head_paths(model)}
-        return {s.path: (s, {}) for s in sites(model) if s.path in matrices | norms and not within(s.path, self.saved_paths(model))}
+    def default(self, model):
+        matrices = find(model, "all-linear", tuple(kind for kind in self.works_on if kind != "norm"), self.method)
+        heads = head_paths(model)
+        return [s for s in sites(model) if s.path in matrices or (s.kind == "norm" and s.path not in heads)]
 
     def cost(self, site: Site) -> int:
-        """Parameters of a module on a matrix."""
+        """Parameters of a module on a matrix, or of a norm."""
+        if not site.weight:
+            return sum(p.numel() for p in site.values.values())
         out, size = site.shape
         return self.rank * (out + size) if self.module == "lora" else self.rank * 2 * out + self.rank + out
 
-    def plan(self, places: list[tuple[Site, str]], hits: list[int]) -> tuple[int, list[int | str]]:
-        """(total, for each parameter the number of its entries that train, "module" or "whole") with so many sensitive entries in each."""
-        chosen, total = [], 0
-        for (site, name), count in zip(places, hits, strict=True):
-            size = self.cost(site) if name == site.weight else site.values[name].numel()
-            whole = count and count * (self.ease if name == site.weight else self.vector_ease) >= size
-            chosen.append(("module" if name == site.weight else "whole") if whole else count)
-            total += size if whole else count
-        return total, chosen
-
-    def choose(self, places: list[tuple[Site, str]], scores: list[Tensor], taus: list[int], budget: int) -> tuple[int, list[int], list[int | str]]:
-        """(total, sensitive entries of each parameter, what is done with them) at the τ whose total is nearest to the budget, the larger of two."""
-        taus = sorted({min(tau, sum(len(s) for s in scores)) for tau in taus})
-        hits = selection(scores, taus)
-        plans = [self.plan(places, each) for each in hits]
-        nearest = min(range(len(taus)), key=lambda i: (abs(plans[i][0] - budget), -taus[i]))
-        return plans[nearest][0], hits[nearest], plans[nearest][1]
-
     def allot(self, model, configs, by_path):
-        places = [(by_path[path], name) for path in configs for name in by_path[path].names]
-        scores = [(s.squares if name == s.weight else s.seen["squares"].get(name, torch.zeros_like(s.values[name]))).flatten() for s, name in places]
-        if not any(s.any() for s in scores):
+        candidates = [
+            Candidate(config, site, name, (site.squares if name == site.weight else squares).flatten())
+            for path, config in configs.items()
+            for site in [by_path[path]]
+            for name, squares in site.seen["squares"].items()
+            if not site.weight or name in (site.weight, site.bias)
+        ]
+        if not any(c.scores.any() for c in candidates):
             raise TunesmithError(f"{self.method}: every gradient on the calibration data is zero, so that nothing is more sensitive than the rest; start the head at random")
-        budget = self.budget or max(1, sum(p.numel() for p in model.parameters()) // 200)
-        taus, most = [ceil(share * budget) for share in SWEEP], sum(len(s) for s in scores)
-        while (chosen := self.choose(places, scores, taus, budget))[0] < 0.95 * budget and taus[-1] < most:
+        budget = self.budget or max(1, sum(p.numel() for path, p in model.named_parameters() if ".tunesmith." not in f".{path}") // 200)
+        taus, every = [-(-k * budget // 50) for k in range(1, 80)], sum(len(c.scores) for c in candidates)
+        while (found := choose(candidates, taus, budget))[0] < 0.95 * budget and taus[-1] < every:
             taus += [ceil(taus[-1] * 1.1**k) for k in range(1, 9)]
-        _, hits, plans = chosen
         own = {}
-        for (site, name), score, count, plan in zip(places, scores, hits, plans, strict=True):
+        for candidate, (count, structured) in zip(candidates, found[1], strict=True):
             if not count:
                 continue
-            config = own.setdefault(site.path, configs[site.path].model_copy(update={"vectors": {}}))
-            if plan == "module":
+            config = own.setdefault(candidate.site.path, candidate.config.model_copy(update={"structured": False, "entries": 0, "vectors": {}}))
+            if structured and candidate.matrix:
                 config.structured = True
                 continue
-            number = len(score) if plan == "whole" else count
-            config._chosen = config._chosen | {name: top(score, number)}
-            if name == site.weight:
-                config.entries = number
+            config._chosen = config._chosen | {candidate.name: top(candidate.scores, count)}
+            if candidate.matrix:
+                config.entries = count
             else:
-                config.vectors[name] = number
+                config.vectors[candidate.name] = count
         return own
 
     def layer(self, site):
-        return SPTLayer(self, site)
+        layer = SPTLayer(self, site)
+        self._chosen = {}
+        return layer
 
     def count(self, site):
-        return self.structured * self.cost(site) + self.entries + sum(self.vectors.values()) if site.weight else sum(self.vectors.values())
+        single = self.entries + sum(self.vectors.values())
+        return single + self.cost(site) if self.structured or not single else single
 
 
 class SPTLoRA(SPT):
