@@ -89,7 +89,7 @@ class Block(nn.Module):
 
 
 def test_co_permutation():
-    """Their blocks, put where they belong in the weights as they are, compute the same; moved, the units are where theirs are."""
+    """Their blocks, put where they belong in the weights as they are, compute the same; moved, every weight is theirs, bit for bit."""
     case = read(FOLDER, "block_copermute")
     c = case.config
     model = Block({key.removesuffix(".weight"): W for key, W in case.part("frozen").items()})
@@ -104,26 +104,17 @@ def test_co_permutation():
     units = {
         "self_attn": (order(c["selected_heads_v"], c["selected_heads_o"], True), 4), "mlp": (order(c["selected_channels_up"], c["selected_channels_down"], False), 1),
     }  # fmt: skip
-    chosen, blocks = {}, {}
+    chosen = {}
     for path, (a, e) in c["start_end"].items():
         places, size = units[path.split(".")[0]]
-        index = torch.tensor([u * size + i for u in places for i in range(size)])[a:e]
-        chosen[path], by = index.sort()
-        blocks[path] = case.tensors[f"param.{path}.s2"], by
-    rows = {"self_attn.v_proj", "mlp.up_proj"}
-    own = attached(model, chosen, rows)
+        chosen[path] = torch.tensor([u * size + i for u in places for i in range(size)])[a:e]
+    own = attached(model, chosen, {"self_attn.v_proj", "mlp.up_proj"})
     with torch.no_grad():
-        for path, (D, by) in blocks.items():
-            own[path].v.copy_(D[by] if path in rows else D[:, by])
+        for path, adapter in own.items():
+            adapter.v.copy_(case.tensors[f"param.{path}.s2"])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for moved in (False, True):
-        if moved:
-            context = ts.co_permuted(model)
-            context.__enter__()
-            for path, (a, e) in c["start_end"].items():
-                assert own[path].index.tolist() == list(range(a, e)), path
-            W = model.self_attn.q_proj.weight
-            torch.testing.assert_close(W.detach(), case.tensors["out.permuted.self_attn.q_proj.weight"])
+
+    def agrees():
         attn, mlp = model(x)
         loss = (attn**2).sum() + (mlp**2).sum()
         model.zero_grad()
@@ -131,9 +122,13 @@ def test_co_permutation():
         torch.testing.assert_close(attn, case.tensors["out.attn"], **CLOSE)
         torch.testing.assert_close(mlp, case.tensors["out.mlp"], **CLOSE)
         torch.testing.assert_close(loss, case.tensors["out.loss"], **CLOSE)
-        for path, (_, by) in blocks.items():
-            grad = case.tensors[f"grad.{path}.s2"]
-            if not moved:
-                torch.testing.assert_close(own[path].v.grad, grad[by] if path in rows else grad[:, by], **CLOSE)
-    context.__exit__(None, None, None)
+        for path, adapter in own.items():
+            torch.testing.assert_close(adapter.v.grad, case.tensors[f"grad.{path}.s2"], **CLOSE)
+
+    agrees()
+    with ts.co_permuted(model):
+        assert {path: adapter.index.tolist() for path, adapter in own.items()} == {path: list(range(a, e)) for path, (a, e) in c["start_end"].items()}
+        for key, W in case.part("out.permuted").items():
+            assert torch.equal(model.get_parameter(key), W), key
+        agrees()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

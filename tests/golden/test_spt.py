@@ -92,7 +92,7 @@ def test_selection(budget):
     candidates = [Candidate(config, by_path[name.rpartition(".")[0]], name.rpartition(".")[2], case.tensors[f"in.sens.{name}"].flatten()) for name in c["names"]]
     class_token = c["dim"]
     total, plans = choose(candidates, [ceil(0.02 * k * c["scale"]) for k in range(1, 80)], int(c["budget_targets"][budget]) - class_token)
-    assert round(found["params"].item() * SCALE) == total + class_token
+    assert round(found["params"].item()) == total + class_token
     assert round(found["structured"].item()) == sum(count for count, structured in plans if structured)
     assert round(found["unstructured"].item()) == sum(count for count, structured in plans if not structured)
     by_name = dict(zip(c["names"], zip(candidates, plans, strict=True), strict=True))

@@ -1,16 +1,19 @@
 """S²FT: which units train, what is kept, and that permuting coupled weights changes nothing."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import tunesmith as ts
 from tests import tiny
-from tests.contract.zoo import attention_net, inputs, logits
+from tests.contract.zoo import attention_net, inputs, logits, same
+from tunesmith.engine.fused import sparse_linear
 from tunesmith.engine.model import adapters
 from tunesmith.methods.select import coupled
 
-BOTH = {"method": "s2ft", "heads": 0.5, "channels": 0.1, "value_heads": 0.5, "up_channels": 0.1}
+BOTH = {"method": "s2ft", "heads": 0.5, "channels": 0.2, "value_heads": 0.5, "up_channels": 0.1}
 
 
 def make(kind, dtype=torch.float64):
@@ -42,11 +45,15 @@ def test_coupled_layers_are_found(kind):
     assert {end for end in BLOCKS[kind]} == {end for end in BLOCKS[kind] if any(block.outer.path.endswith(end) for block in found)}
 
 
-def test_counts_of_llama3():
-    assert int(0.03 * 14336 * 32) * 4096 == 56_369_152
-    down = nn.Linear(14336, 4096, device="meta")
-    model = ts.adapt(nn.Sequential(down), ts.S2FT(channels=0.03), targets=["0"])
-    assert ts.summary(model).trainable == int(0.03 * 14336) * 4096
+@pytest.mark.parametrize("ffn,groups,fields,total", [
+    (14336, 8, {"heads": 0, "channels": 0.03}, 56_369_152), (11008, 32, {"heads": 0.052, "channels": 0.02}, 56_643_584),
+])  # fmt: skip
+def test_counts_of_llama(ffn, groups, fields, total):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=4096, intermediate_size=ffn, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=groups))
+    assert ts.summary(ts.adapt(model, ts.S2FT(**fields))).trainable == total
 
 
 def test_units_are_drawn_over_all_layers_and_whole():
@@ -89,7 +96,7 @@ def test_permuting_changes_nothing(kind):
     with ts.co_permuted(model):
         torch.testing.assert_close(logits(model, batch), expected, atol=1e-12, rtol=0)
         for a in adapters(model, "default").values():
-            assert kind in ("gpt2", "attention") or a.index.tolist() == list(range(int(a.index[0]), int(a.index[0]) + len(a.index)))
+            assert a.index.max() - a.index.min() == len(a.index) - 1
         assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
     for path, a in adapters(model, "default").items():
@@ -103,33 +110,157 @@ def test_what_trains_permuted_is_the_same_adapter():
     batch = inputs("llama", dtype=torch.float64)
 
     def train(model):
-        optimizer = torch.optim.SGD(ts.trainable(model).values(), lr=0.1, momentum=0.9)
         for _ in range(3):
-            optimizer.zero_grad()
+            optimizers[model].zero_grad()
             logits(model, batch).square().mean().backward()
-            optimizer.step()
+            optimizers[model].step()
 
-    train(models[0])
-    with ts.co_permuted(models[1]):
+    optimizers = {model: torch.optim.Adam(ts.trainable(model).values(), lr=0.01) for model in models}
+    for _ in range(2):  # the optimiser's state goes on across the border
+        train(models[0])
+        with ts.co_permuted(models[1]):
+            train(models[1])
+        train(models[0])
         train(models[1])
     for a, b in zip(*(ts.trainable(m).values() for m in models), strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
 
 
-def test_permuting_is_refused():
-    model = ts.adapt(ts.adapt(make("llama"), "lora", name="other"), "s2ft")
-    with pytest.raises(ts.TunesmithError, match="attach one s2ft adapter alone"), ts.co_permuted(model):
+class Normed(nn.Module):
+    """A feed-forward block whose channels a norm tells apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 8)
+
+
+def chain():
+    """Feed-forward blocks without a module of their own, of which nothing says which layer reads which."""
+    return nn.Sequential(*(layer for _ in range(2) for layer in (nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))), nn.Linear(8, 8), nn.Linear(8, 2))
+
+
+def olmo2():
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    return Olmo2ForCausalLM(Olmo2Config(vocab_size=9, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, pad_token_id=0))
+
+
+def tied():
+    model = make("llama")
+    one, other = model.model.layers
+    other.mlp.up_proj.weight = one.mlp.up_proj.weight
+    return model
+
+
+def with_a_second():
+    return ts.adapt(make("llama"), "lora", name="other")
+
+
+@pytest.mark.parametrize("build,fields,match", [
+    (with_a_second, {}, "attach one s2ft adapter alone"),
+    (lambda: make("t5"), {"heads": 0.5}, "position biases.*heads=0"),
+    (olmo2, {"heads": 0.5}, "a norm.*heads=0"),
+    (lambda: nn.Sequential(nn.Linear(8, 8), Normed(), nn.Linear(8, 2)), {}, "channels that '1.down' reads"),
+    (chain, {}, "channels that '[25]' reads"),
+    (tied, {"heads": 0}, "shares their weights"),
+    (lambda: make("llama"), {"targets": "all-linear"}, "cannot move what trains at 'model.layers.0.self_attn.q_proj'"),
+    (lambda: make("llama"), {"targets": {"o_proj": {}, "gate_proj": {"method": "lora"}}}, "cannot move what trains at 'model.layers.0.mlp.gate_proj'"),
+])  # fmt: skip
+def test_permuting_is_refused(build, fields, match):
+    model = ts.adapt(build(), ts.S2FT(**fields))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.raises(ts.TunesmithError, match=match), ts.co_permuted(model):
         pass
-    with pytest.raises(ts.TunesmithError, match="position biases"), ts.co_permuted(ts.adapt(make("t5"), ts.S2FT(heads=0.5))):
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_a_merged_adapter_is_not_permuted_and_one_merged_inside_is_unmerged():
+    model, batch = stirred(ts.adapt(make("gqa"), BOTH)), inputs("llama", dtype=torch.float64)
+    before, expected = copy.deepcopy(model.state_dict()), logits(model, batch)
+    with pytest.raises(ts.TunesmithError, match="unmerge default first"), ts.co_permuted(ts.merge(model)):
         pass
+    ts.unmerge(model)
+    with ts.co_permuted(model):
+        torch.testing.assert_close(logits(ts.merge(model), batch), expected, atol=1e-12, rtol=0)  # the fused permuted model
+    assert same(model.state_dict(), before) and torch.equal(logits(model, batch), expected)
+    torch.testing.assert_close(logits(ts.merge(model), batch), expected, atol=1e-12, rtol=0)
+
+
+def test_nothing_of_a_permuted_model_gets_out(tmp_path):
+    model, batch = stirred(ts.adapt(make("gqa"), BOTH)), inputs("llama", dtype=torch.float64)
+    ts.save(model, tmp_path / "before")
+    with pytest.raises(RuntimeError, match="stop"), ts.co_permuted(model):
+        twin = copy.deepcopy(model)
+        for each in (model, twin):
+            with pytest.raises(ts.TunesmithError, match="save the adapter after the block"):
+                ts.save(each, tmp_path / "inside")
+        with pytest.raises(ts.TunesmithError, match="other weights"):
+            ts.load(model, tmp_path / "before", name="again")
+        with pytest.raises(ts.TunesmithError, match="leave its block first"), ts.co_permuted(model):
+            pass
+        raise RuntimeError("stop")
+    with pytest.raises(ts.TunesmithError, match="save the adapter after the block"):
+        ts.save(twin, tmp_path / "inside")
+    assert not (tmp_path / "inside").exists()
+    ts.save(model, tmp_path / "after")
+    assert torch.equal(logits(ts.load(make("gqa"), tmp_path / "after"), batch), logits(model, batch))
+
+
+def test_what_happens_to_adapters_inside():
+    model = make("gqa")
+    before = copy.deepcopy(model.state_dict())
+    ts.adapt(model, BOTH)
+    with ts.co_permuted(model):
+        ts.detach(model)
+    assert same(model.state_dict(), before)
+    ts.adapt(model, BOTH)
+    with pytest.raises(ts.TunesmithError, match="'more' was attached inside"), ts.co_permuted(model):
+        ts.adapt(model, "lora", name="more")
+    ts.detach(model)
+    assert same(model.state_dict(), before)
+
+
+def test_shares_of_single_layers():
+    model = ts.adapt(make("llama"), ts.S2FT(targets={"layers.0.mlp.down_proj": {"channels": 0.5}, "down_proj": {}, "up_proj": {"up_channels": 0.25}}))
+    found = {path.removeprefix("model.layers."): (a.dim, len(a.index)) for path, a in adapters(model, "default").items()}
+    assert found["0.mlp.down_proj"] == (1, 32) and found["1.mlp.down_proj"] == (1, 1) and sum(k for dim, k in found.values() if dim == 0) == 32
+    with pytest.raises(ts.TunesmithError, match="nothing to train at 'model.layers.0.mlp.down_proj'"):
+        ts.adapt(make("llama"), ts.S2FT(channels=0), targets=["down_proj"])
+
+
+def test_fused_projections_have_units_too():
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    found = coupled(Phi3ForCausalLM(Phi3Config(vocab_size=9, pad_token_id=0, **sizes)))
+    assert [(c.kind, c.outer.path.split(".")[-1], c.units, c.inner, c.free) for c in found] == [("heads", "o_proj", 2, (), False), ("channels", "down_proj", 48, (), False)]
 
 
 @pytest.mark.parametrize("rows", [False, True])
-def test_only_what_the_block_needs_is_kept(rows):
+def test_gradients(rows):
+    x, W, b = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 5, 6), (8, 6), (8,)))
+    v, index = torch.randn((3, 6) if rows else (8, 3), dtype=torch.float64, requires_grad=True), torch.tensor([4, 1, 5])
+
+    def run(x, W, b, v):
+        return sparse_linear(x, W, b, v, index, 0 if rows else 1)
+
+    assert torch.autograd.gradcheck(run, (x, W, b, v))
+    torch.testing.assert_close(run(x, W, b, v), torch.nn.functional.linear(x, W.index_add(0 if rows else 1, index, v), b))
+
+
+def test_rows_over_another_adapter_under_autocast():
+    model = tiny.tiny_llama().train()
+    for name in "ab":
+        stirred(ts.adapt(model, BOTH, name=name))
+    ts.activate(model, ["a", "b"])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits(model, inputs("llama")).square().mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in ts.trainable(model).values())
+
+
+def test_only_what_the_block_needs_is_kept():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(50, 40))
-    config = ts.S2FT(channels=0.1, targets=["0"])
-    ts.adapt(model, config)
+    model = ts.adapt(nn.Sequential(nn.Linear(50, 40)), ts.S2FT(channels=0.1), targets=["0"])
     (adapter,) = adapters(model, "default").values()
     x, kept = torch.randn(7, 50, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):

@@ -1,14 +1,19 @@
 """The parts of a transformer that papers name, found by shape and by the field's usual names."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ..engine.sites import Site, head_paths, sites, width
+from ..engine.sites import Site, head_paths, sites, width, within
 
-QUERIES = {"q_proj", "query", "q", "q_lin", "query_proj"}
-VALUES = {"v_proj", "value", "v", "v_lin", "value_proj"}
 KEYS_AND_VALUES = {"k_proj", "v_proj", "key", "value", "k", "v", "k_lin", "v_lin", "c_attn", "query_key_value", "qkv_proj", "qkv", "Wqkv", "key_proj", "value_proj"}
+QUERY_KEY_VALUE = (
+    ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"), ("q_lin", "k_lin", "v_lin"), ("query_proj", "key_proj", "value_proj"),
+    ("in_proj",), ("c_attn",), ("query_key_value",), ("qkv_proj",), ("qkv",), ("Wqkv",),
+)  # fmt: skip
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 
 
 def mlp_outputs(model: nn.Module) -> list[Site]:
@@ -27,62 +32,105 @@ def keys_and_values(model: nn.Module) -> list[Site]:
 
 @dataclass(frozen=True)
 class Coupled:
-    """Linear layers around the same inner units: rows of the `inner` ones make a unit, and `outer` reads it by its columns.
+    """Layers that share inner units: `inner` makes them, `outer` reads them.
 
-    `kind`: "heads" (with grouped queries a unit is one key-value head and all its query heads) or "channels".
+    A unit of `heads` is a key-value head with its query heads, of `channels` one channel of a feed-forward block. `inner` is
+    (query, key, value), the three in one, (up,) or (gate, up); empty where it was not found or its layout is not known.
+    `free`: in any other order the units compute the same, since nothing but these layers tells them apart.
     """
 
-    kind: str
+    kind: Literal["heads", "channels"]
     outer: Site
     inner: tuple[Site, ...]
     units: int
+    free: bool
 
-    @property
-    def values(self) -> tuple[Site, int]:
-        """(the layer that makes what is mixed, its first row for it): the values' projection, or the widening one without activation."""
-        named = [s for s in self.inner if s.path.split(".")[-1] in VALUES | {"up_proj", "wi_1"}]
-        site = (named or [self.inner[-1]])[0]
-        return site, site.out_features - site.out_features // parts(self, site)
+    def columns(self) -> Tensor:
+        """The inputs of `outer` that each unit is, (units, n)."""
+        return torch.arange(self.outer.in_features).view(self.units, -1)
 
+    def _parts(self) -> int:
+        return 3 if self.kind == "heads" and len(self.inner) == 1 else 1
 
-def parts(coupled: Coupled, site: Site) -> int:
-    """How many equal parts an inner layer's rows have, each with a row group for every unit: 3 for fused queries, keys and values."""
-    return 3 if coupled.kind == "heads" and site.out_features == 3 * coupled.outer.in_features else 1
+    def rows(self, site: Site) -> Tensor:
+        """The outputs of one of `inner` that each unit is, (units, n)."""
+        return torch.arange(site.out_features).view(self._parts(), self.units, -1).transpose(0, 1).flatten(1)
+
+    def values(self) -> Tensor:
+        """Those of the last of `inner` that are values, or the upward projection."""
+        return self.rows(self.inner[-1]).chunk(self._parts(), 1)[-1]
 
 
 def coupled(model: nn.Module) -> list[Coupled]:
-    """The attention blocks and feed-forward blocks of a transformer."""
-    heads, hidden = set(head_paths(model)), width(model)
-    known = [s for s in sites(model) if s.kind in ("linear", "attention") and s.path not in heads]
-    ends = {s.path for s in mlp_outputs(model)}
-    found = []
-    for outer in known:
-        if outer.path in ends:
-            inner = _around(outer, [s for s in known if s.out_features == outer.in_features and s.in_features == hidden])
-            found += [Coupled("channels", outer, inner, outer.in_features)] if inner else []
-        elif outer.out_features == hidden and (inner := _around(outer, [s for s in known if _attends(s)])) and not _attends(outer) and "att" in outer.path.lower():
-            if (units := _groups(model, outer)) and all(s.out_features % (units * (3 if s.out_features == 3 * outer.in_features else 1)) == 0 for s in inner):
-                found.append(Coupled("heads", outer, inner, units))
-    return found
+    """The attentions and feed-forward blocks of a model."""
+    known = sites(model)
+    return _attentions(model, known) + _feed_forwards(model, known)
 
 
-def _attends(site: Site) -> bool:
-    return site.path.split(".")[-1] in QUERIES | KEYS_AND_VALUES | {"in_proj"}
+def _around(path: str) -> tuple[str, str]:
+    """The module that a layer is in, and the one that that is in."""
+    inside = path.rpartition(".")[0]
+    return inside, inside.rpartition(".")[0]
 
 
-def _around(outer: Site, candidates: list[Site]) -> tuple[Site, ...]:
-    """The candidates in the smallest module around a layer that holds any."""
-    top = outer.path
-    while top:
-        top = top.rpartition(".")[0]
-        if inside := tuple(s for s in candidates if s is not outer and s.path.startswith(top + "." if top else "")):
-            return inside
-    return ()
+def _beside(known: list[Site], top: str, own: tuple[Site, ...]) -> list[tuple[str, int]]:
+    """(kind, size) of every dimension of what a block has beside its `own` layers."""
+    return [(s.kind, size) for s in known if within(s.path, [top]) and s not in own for p in s.values.values() for size in p.shape]
 
 
-def _groups(model: nn.Module, outer: Site) -> int | None:
-    """Key-value heads of the attention that a layer ends."""
-    if isinstance(outer.owner, nn.MultiheadAttention):
-        return outer.owner.num_heads
+def _attentions(model: nn.Module, known: list[Site]) -> list[Coupled]:
+    linear, places, found = [s for s in known if s.kind in ("linear", "attention")], {}, []
     config = getattr(model, "config", None)
-    return next((n for key in ("num_key_value_heads", "num_attention_heads", "n_head", "num_heads") if isinstance(n := getattr(config, key, None), int)), None)
+    alike = not getattr(config, "alibi", False) and getattr(config, "position_embedding_type", "") != "alibi"
+    for s in linear:
+        places.setdefault(s.path.rpartition(".")[0], {})[s.path.rpartition(".")[2]] = s
+    for top, here in places.items():
+        inner = next((tuple(here[name] for name in names) for names in QUERY_KEY_VALUE if here.keys() >= set(names)), ())
+        heads = _heads(model.get_submodule(top), config)
+        if not inner or not heads:
+            continue
+        made = sum(s.out_features for s in inner)
+        for place in _around(inner[0].path):
+            outer = [s for s in linear if within(s.path, [place]) and s not in inner and s.out_features == inner[0].in_features and _groups(made, heads, s.in_features)]
+            if outer:
+                break
+        if len(outer) == 1:
+            units, attention = _groups(made, heads, outer[0].in_features), inner[0].holder
+            if isinstance(attention, nn.MultiheadAttention):
+                alike &= attention.bias_k is None and (len(inner) == 1 or attention.in_proj_bias is None)
+            sizes = {outer[0].in_features, inner[-1].out_features}
+            alike &= not any(size in sizes or (size == heads and kind != "norm") for kind, size in _beside(known, top, (*inner, *outer)))
+            read = len(inner) == 3 or (units == heads and (inner[0].kind == "attention" or inner[0].transposed))
+            found.append((outer[0], inner if read else (), units))
+    # one layer's position biases may serve all others
+    return [Coupled("heads", outer, inner, units, alike and bool(inner)) for outer, inner, units in found]
+
+
+def _heads(attention: nn.Module, config) -> int:
+    """The number of query heads, 0 where nothing says."""
+    for source in (attention, getattr(attention, "config", None), config):
+        for name in HEADS:
+            if isinstance(value := getattr(source, name, None), int):
+                return value
+    return 0
+
+
+def _groups(made: int, heads: int, size: int) -> int:
+    """The number of key-value heads where queries, keys and values have `made` outputs and attention `size`, 0 where that cannot be."""
+    groups = (made * heads // size - heads) // 2
+    return groups if groups > 0 and size % heads == heads % groups == 0 and (heads + 2 * groups) * size == made * heads else 0
+
+
+def _feed_forwards(model: nn.Module, known: list[Site]) -> list[Coupled]:
+    ends, found = mlp_outputs(model), []
+    for outer in ends:
+        for place in _around(outer.path):
+            inner = [s for s in known if s.kind == "linear" and within(s.path, [place]) and s.shape == outer.shape[::-1]]
+            if inner:
+                break
+        if len(inner) > 2 or sum(within(s.path, [place]) for s in ends) > 1:
+            inner = []
+        inner, units = tuple(sorted(inner, key=lambda s: "gate" not in s.path.rpartition(".")[2])), outer.in_features
+        free = bool(inner) and all(size != units for _, size in _beside(known, place, (*inner, outer)))
+        found.append(Coupled("channels", outer, inner, units, free))
+    return found

@@ -32,7 +32,8 @@ def sparse_change(x, v, index, dim, out: int, scale=1.0) -> torch.Tensor:
     if dim == 1:
         return F.linear(x[..., index], v) * scale
     if dim == 0:
-        return x.new_zeros(*x.shape[:-1], out).index_add(-1, index, F.linear(x, v), alpha=scale)
+        chosen = F.linear(x, v)  # under autocast of another dtype than x
+        return chosen.new_zeros(*x.shape[:-1], out).index_add(-1, index, chosen, alpha=scale)
     return F.linear(x, _dense(v, index, out, x.shape[-1])) * scale
 
 
