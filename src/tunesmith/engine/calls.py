@@ -78,8 +78,9 @@ def score(model: nn.Module, sites: dict[str, Site], backward: Callable[[nn.Modul
             add("gradient", id(p), g)
 
     def before(path: str):
-        def hook(module, args):
-            x = args[0].detach().reshape(-1, args[0].shape[-1])
+        def hook(module, args, kwargs):
+            (x,) = args or kwargs.values()
+            x = x.detach().reshape(-1, x.shape[-1])
             add("inputs", path, torch.cat([x.abs().sum(0, dtype=torch.float64), x.new_tensor([len(x)], dtype=torch.float64)]))
 
         return hook
@@ -90,7 +91,7 @@ def score(model: nn.Module, sites: dict[str, Site], backward: Callable[[nn.Modul
             p.grad = None
         hooks += [p.register_post_accumulate_grad_hook(after) for p in parameters.values()]
         if "inputs" in sums:
-            hooks += [site.owner.register_forward_pre_hook(before(path)) for path, site in sites.items() if site.kind == "linear"]
+            hooks += [site.owner.register_forward_pre_hook(before(path), with_kwargs=True) for path, site in sites.items() if site.kind == "linear"]
         with torch.enable_grad():
             backward(model)
     finally:

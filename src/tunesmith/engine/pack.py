@@ -36,4 +36,7 @@ def unpack(data: Tensor) -> Tensor:
     place = np.arange(len(digits)) - np.repeat(starts, np.diff(np.append(starts, len(digits))))
     if place.max() >= LONGEST:
         raise ValueError("not packed positions")
-    return torch.from_numpy(np.add.reduceat((digits & 127).astype(np.int64) << 7 * place, starts).cumsum())
+    positions = torch.from_numpy(np.add.reduceat((digits & 127).astype(np.int64) << 7 * place, starts).cumsum())
+    if not packable(positions) or not torch.equal(pack(positions), data):
+        raise ValueError("not packed positions")
+    return positions

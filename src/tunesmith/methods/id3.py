@@ -272,7 +272,9 @@ class ID3(Method):
         return ID3Layer(self, site)
 
     def count(self, site):
-        return self.inner.count(site) if self.over else sum(self.kept.values())
+        if self.over:
+            return self.inner.count(site)
+        return sum(self.kept.values()) if self.kept else max(1, sum(p.numel() for p in site.values.values()) // 200)
 
     def param_groups(self, adapters, lr):
         return self.inner.param_groups(adapters, lr) if self.over else super().param_groups(adapters, lr)

@@ -81,27 +81,31 @@ class SHiRA(Method):
     peft_type = "SHIRA"
 
     def to_peft(self, configs, model):
-        first = next(iter(configs.values()))
-        if any(c.mask != "random" or not c.same or not c.rank or c.task or (c.rank, c.seed) != (first.rank, first.seed) for c in configs.values()):
-            raise TunesmithError(
-                "peft's SHiRA files hold values without positions, which it draws from one seed for all layers: only mask='random' with same=True, "
-                "one rank, one seed and task=0 can be saved so; save this adapter with format='tunesmith'"
-            )
-        return {"target_modules": exactly(configs, model), "r": first.rank, "mask_type": "random", "random_seed": first.seed}
+        ranks = {c.rank if c.mask != "struct" else None for c in configs.values()}
+        if len(ranks) > 1 or None in ranks:
+            raise TunesmithError("peft's SHiRA trains as many entries as LoRA of one rank has: this adapter, by density or with several ranks, is to be saved with format='tunesmith'")
+        seed = self.seed if self.mask == "random" and self.same and not self.task else None
+        return {"target_modules": exactly(configs, model), "r": ranks.pop(), "mask_type": "random", "random_seed": seed}
 
     @classmethod
     def from_peft(cls, fields, model, found):
-        if fields.get("random_seed") is None or fields.get("mask_type", "random") != "random":
-            raise TunesmithError("the peft adapter holds SHiRA values without positions: it was trained with a mask of its own or without random_seed, and cannot be read")
         paths = {key.removesuffix(".shira_weight") for key in found if key.endswith(".shira_weight")}
         check_paths(fields, model, ("linear",), paths)
-        config = cls(rank=fields.get("r", 32), mask="random", same=True, seed=fields["random_seed"], targets=sorted(paths))
+        seed = fields.get("random_seed")
+        if seed is None and (bare := [path for path in paths if f"{path}.shira_indices" not in found]):
+            raise TunesmithError(f"the peft adapter holds values without their positions at {bare[0]!r}, and no random_seed to draw them from: it cannot be read")
+        config = cls(rank=fields.get("r", 32), mask="random", same=True, seed=seed or 0, targets=sorted(paths))
         return config, {path: {} for path in paths}
 
     def peft_tensors(self, site, own):
         if site.kind != "linear" or site.transposed:
             raise TunesmithError(f"peft's SHiRA acts on nn.Linear alone, not on {site.path!r}; save this adapter with format='tunesmith'")
-        return {"shira_weight": own["v"]}
+        index = own["index"]
+        return {"shira_weight": own["v"], "shira_indices": torch.stack([index // site.in_features, index % site.in_features]).int()}
 
     def own_tensors(self, site, theirs):
-        return {"v": theirs["shira_weight"], "index": self.positions(site).cpu()}
+        if "shira_indices" not in theirs:
+            return {"v": theirs["shira_weight"], "index": self.positions(site).cpu()}
+        rows, columns = theirs["shira_indices"].long()
+        index, order = (rows * site.in_features + columns).sort()
+        return {"v": theirs["shira_weight"][order], "index": index}

@@ -83,7 +83,9 @@ class SPTLayer(WeightAdapter):
         if self.module == "lora":
             y = lowrank_linear(x, base.W, b, self.D, self.U, 1.0)
             return y + sparse_change(x, self.v, self.index, None, base.site.out_features) if hasattr(self, "v") else y
-        return sparse_linear(x, base.W, b, self.v, self.index, None) if hasattr(self, "v") else F.linear(x, base.W.to(x.dtype), b if b is None else b.to(x.dtype))
+        if hasattr(self, "v"):
+            return sparse_linear(x, base.W, b, self.v, self.index, None)
+        return F.linear(x, base.W.to(x.dtype), b if b is None else b.to(x.dtype))
 
 
 @dataclass
@@ -108,14 +110,15 @@ class Candidate:
 
 def ranked(scores: list[Tensor], most: int) -> Tensor:
     """Which of the tensors (flat) has the largest score, which the next, for the `most` largest of all; ties go to the earlier one."""
-    best, owner = torch.zeros(0, dtype=scores[0].dtype), torch.zeros(0, dtype=torch.int32)
+    best, owner, cut = torch.zeros(0, dtype=scores[0].dtype), torch.zeros(0, dtype=torch.int32), -torch.inf
     for i, each in enumerate(scores):
-        rivals = (each if len(best) < most else each[each > best.min().to(each.device)]).cpu()
+        rivals = each[each > cut].cpu()
         best, owner = torch.cat([best, rivals]), torch.cat([owner, torch.full((len(rivals),), i, dtype=torch.int32)])
-        if len(best) > most:
+        if len(best) > 2 * most:
             kept = top(best, most)
             best, owner = best[kept], owner[kept]
-    return owner[best.sort(descending=True, stable=True).indices]
+            cut = best.min().item()
+    return owner[best.sort(descending=True, stable=True).indices[:most]]
 
 
 def choose(candidates: list[Candidate], taus: list[int], budget: int) -> tuple[int, list[tuple[int, bool]]]:
@@ -135,10 +138,10 @@ class SPT(Method):
     A scalar's sensitivity is the sum of its squared gradients over the calibration's backwards. Of the τ most sensitive ones,
     those in a matrix train one by one, unless `ease` times their number reaches what a module on the matrix has: then that.
     A vector trains whole if `vector_ease` times their number reaches its length. τ is the one of 79, or of more where these
-    stay below, whose total is nearest to the budget. Embeddings and the head are candidates only as `targets`. Unlike in the
-    authors' code, entries of norms train where they are chosen (there they count, but do not), modules start from zero (there a later
-    initialisation overwrites that), fused queries, keys and values are one matrix, and an adapter follows the layer
-    everywhere (there not after the attention's output).
+    stay below, whose total is nearest to the budget. Embeddings and the head are candidates only if `targets` names them.
+    Unlike in the authors' code, entries of norms train where they are chosen (there they count, but do not), modules start
+    from zero (there a later initialisation overwrites that), fused queries, keys and values are one matrix, and an adapter
+    follows the layer everywhere (there not after the attention's output).
     """
 
     family, paper = "selective", "arXiv:2303.08566"
