@@ -87,7 +87,7 @@ class ID3Layer(WeightAdapter):
 
         nothing, shape = torch.zeros(len(positions), device=v.device), v.shape
         grad = torch.zeros_like(v) if v.grad is None else v.grad
-        setattr(self, f"index_{name}", wider(old, positions))
+        old.data = wider(old.data, positions)
         self.resize(name, wider(v.data, nothing))
         v.grad = wider(grad, grads)
         for key, held in (optimizer.state.get(v, {}) if optimizer else {}).items():
@@ -159,7 +159,7 @@ class Growth(Schedule):
         for layer, saved in zip(self.layers, state["index"], strict=True):
             layer.wanted = self.quota()
             for name, index in saved.items():
-                setattr(layer, f"index_{name}", index.to(layer.index(name).device, copy=True))
+                layer.index(name).data = index.to(layer.index(name).device, copy=True)
                 layer.resize(name, layer.v[name].data.new_zeros(len(index)))
                 layer.config.kept[name] = len(index)
 

@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..engine.model import adapters, state_of
+from ..engine.store import tensors
 from ..errors import TunesmithError
 from ..schedule import Stages
 
@@ -33,6 +35,12 @@ class Progress:
     train_s: float = 0.0  # of the optimiser steps alone
     peak_mb: float = 0.0
     stopped: bool = False  # by early stopping
+
+
+def fixed(model: nn.Module) -> dict[str, Tensor]:
+    """What the active adapters hold beside their parameters (positions, starts): found on data or by chance, so not to be found anew."""
+    own = ((f"{name} {path}.{key}", t) for name in state_of(model).active for path, a in adapters(model, name).items() for key, t in tensors(a).items())
+    return {key: t for key, t in own if not isinstance(t, nn.Parameter)}
 
 
 def write(file: Path, progress: Progress, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer, stages: Stages) -> None:

@@ -173,7 +173,8 @@ def _run(recipe, progress, resume, overwrite):
         counts = {"rows": len(rows), "train_rows": len(train), "eval_rows": len(held) if held is not None else 0}
         about = {"source": recipe.data, "task": task.name, **counts, "columns": columns, "labels": labels, "tasks": task_names}
         run_folder.start(folder, recipe, about | {"fingerprint": data.fingerprint(rows)}, overwrite)
-    state = checkpoint.read(state_file, parameters, optimizer, stages) if go_on else checkpoint.Progress()
+    whole = parameters | checkpoint.fixed(model)
+    state = checkpoint.read(state_file, whole, optimizer, stages) if go_on else checkpoint.Progress()
     if recipe.baseline and rank == 0 and not go_on:
         with ts.disabled(model):  # the untouched model
             for name in scored:
@@ -181,8 +182,8 @@ def _run(recipe, progress, resume, overwrite):
                 state.baseline[name] = result.metrics
                 run_folder.write_rows(folder / f"{name}_base.jsonl", result.predictions)
     if world > 1:
-        for parameter in parameters.values():
-            dist.broadcast(parameter.data, 0)
+        for tensor in whole.values():
+            dist.broadcast(tensor.data, 0)
     log = Metrics(folder, state) if rank == 0 else None
     tell({"event": "start", "folder": str(folder), "step": state.step, "total": total, "summary": str(size)})
 
@@ -267,7 +268,7 @@ def _run(recipe, progress, resume, overwrite):
         if rank == 0 and (due or end_of_epoch or state.step == total or state.stopped):
             state.time_s = spent + time.monotonic() - began
             state.metrics_bytes = log.sync()
-            checkpoint.write(state_file, state, parameters, optimizer, stages)
+            checkpoint.write(state_file, state, whole, optimizer, stages)
             saved_at = time.monotonic()
 
     # The kept adapter once over the test data, and the run in one file.
