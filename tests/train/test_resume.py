@@ -59,7 +59,10 @@ def same(one, other):
 
 @pytest.mark.parametrize(
     ("kind", "source", "method"),
-    [("bert", "tickets", {"method": "lora", "rank": 4, "dropout": 0.2}), ("llama", "sums", "full")],
+    [
+        ("bert", "tickets", {"method": "lora", "rank": 4, "dropout": 0.2}), ("llama", "sums", "full"), ("bert", "tickets", {"method": "id3", "budget": 60}),
+        ("bert", "tickets", {"method": "snella", "rank": 2, "rounds": 5}), ("llama", "sums", {"method": "shira", "mask": "snip"}),
+    ],  # fmt: skip
 )
 def test_a_killed_run_ends_in_the_same_bits(here, models, data, kind, source, method):
     values = {
