@@ -36,8 +36,8 @@ class Adapter(nn.Module):
 
     scattered = False  # whether it changes some entries of the matrix and nothing else
 
-    def change(self, W: Tensor) -> "Change":
-        """Where a `scattered` adapter changes W (out, in), and what to."""
+    def change(self, W: Tensor) -> tuple["Change", "Change"]:
+        """What W (out, in) has where a `scattered` adapter changes it, and what it is to have."""
         raise TypeError(f"{type(self).__name__} defines no change")
 
     @classmethod
@@ -105,16 +105,13 @@ class Change:
 
     def of(self, W: Tensor) -> Tensor:
         """What W (out, in) has there."""
-        return W.index_select(self.dim, self.index) if self.dim is not None else W.take(self.index.long())
+        index = self.index.to(W.device)
+        return W.index_select(self.dim, index) if self.dim is not None else W.take(index.long())
 
     def put(self, W: Tensor) -> None:
         """The values into W, in place."""
-        if self.dim is not None:
-            W.index_copy_(self.dim, self.index.long(), self.values.to(W.dtype))
-        elif W.is_contiguous():
-            W.view(-1).index_copy_(0, self.index.long(), self.values.to(W.dtype))
-        else:
-            W.put_(self.index.long(), self.values.to(W.dtype))
+        index, values = self.index.to(W.device, torch.long), self.values.to(W)
+        W.put_(index, values) if self.dim is None else W.index_copy_(self.dim, index, values)
 
 
 class Base:
@@ -211,12 +208,19 @@ class Swap:
         self.site, self.name, self.other = site, name, other
 
     @torch.no_grad()
+    def undo(self):
+        """As a call, for the last time."""
+        if isinstance(self.other, Change):
+            self.other.put(self.site.matrix(self.site.holder._parameters)[0].detach())
+        else:
+            self()
+
+    @torch.no_grad()
     def __call__(self):
         parameters = self.site.holder._parameters
         now = parameters[self.name]
         if isinstance(self.other, Change):
             W, there = self.site.matrix(parameters)[0].detach(), self.other
-            there = Change(there.dim, there.index.to(W.device), there.values.to(W.device))
             self.other = Change(there.dim, there.index, there.of(W))
             there.put(W)
         else:

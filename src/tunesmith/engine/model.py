@@ -251,10 +251,11 @@ def _scattered(hub: Hub, own: dict[Adapter, float], uses: Counter) -> bool:
 
 def _scatter(hub: Hub, adapter: Adapter, weight: float) -> None:
     W = hub.site.matrix(hub.site.values)[0].detach()
-    change = adapter.change(W)
+    before, after = adapter.change(W)
     if weight != 1:
-        change.values = torch.lerp(change.of(W).to(change.values.dtype), change.values, weight)
-    _swap(hub, hub.site.weight, change)
+        after.values = torch.lerp(before.values.to(after.values.dtype), after.values, weight)
+    after.put(W)
+    hub.swaps.append(Swap(hub.site, hub.site.weight, before))
 
 
 def _folded(hub: Hub, own: dict[Adapter, float]) -> dict[str, nn.Parameter]:
@@ -280,9 +281,9 @@ def _keep_untied(model: nn.Module) -> None:
 def unmerge(model: nn.Module) -> nn.Module:
     """The base's weights as they were before `merge`, bit for bit."""
     state = state_of(model)
-    if not state.aside:
-        _swap_all(model, reverse=True)
     for hub in hubs(model).values():
+        for swap in reversed(hub.swaps if not state.aside else []):
+            swap.undo()
         hub.swaps = []
     state.merged = {}
     guard_fast_path(model)

@@ -48,10 +48,10 @@ class ChosenLayer(WeightAdapter):
         return changed(W, self.v, self.index, self.dim, self.scale), b
 
     def change(self, W):
-        change = Change(self.dim, self.index, self.v.detach())
-        here = change.of(W)
-        change.values = torch.add(here.to(torch.promote_types(W.dtype, self.v.dtype)), self.v.detach(), alpha=self.scale)
-        return change
+        before = Change(self.dim, self.index, W.new_empty(0))
+        before.values = before.of(W)
+        new = torch.add(before.values.to(torch.promote_types(W.dtype, self.v.dtype)), self.v.detach(), alpha=self.scale)
+        return before, Change(self.dim, self.index, new)
 
     def forward(self, base, x, *args, **kwargs):
         if base.site.kind != "linear":
