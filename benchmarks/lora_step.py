@@ -98,10 +98,10 @@ def resident(field):
     return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
-def run(prepare, args, layers=30):
+def run(prepare, args, layers=30, build=build):
     """One run: the seconds and the loss of each step, and the memory in MB.
 
-    `prepare(model)` as above, of one variant, perhaps with the stages of a method that has some.
+    `prepare(model)` as above, of one variant, perhaps with the stages of a method that has some; `build(layers)` makes the model.
     """
     import torch
 

@@ -9,24 +9,25 @@ from tunesmith import models
 from tunesmith.bench.claims import claim, spread
 from tunesmith.bench.compare import compare
 
-BASE = {"data": "banking77", "test": "banking77", "model": "minilm", "per_label": 10, "holdout": 0.05, "epochs": 6, "batch_size": 16, "eval_every": 10_000}
-RATES, SEEDS = ["0.3x", "1x", "3x"], [0, 1, 2]
+BASE = {"data": "banking77", "test": "banking77", "model": "minilm", "per_label": 10, "holdout": 0.05, "epochs": 6, "batch_size": 16, "eval_every": 10_000, "dtype": "bfloat16", "head_lr": 0.01}
+RATES, TRIAL, SEEDS = ["0.3x", "1x", "3x", "10x"], {"epochs": 3}, [0, 1, 2]
 FOLDER = Path("runs/few-shot")
-LIMITS = "a 22M encoder on ten examples of each of 77 intents, six epochs, the rate chosen among three on held-out data; the paper's models are 300 times as large"
+LIMITS = "a 22M encoder in bfloat16 on ten examples of each of 77 intents, six epochs, one rate for all heads, the adapter's chosen among four on held-out data after three epochs; the paper's models are 300 times as large"
 
 
-def few_shot(sides: dict[str, dict]) -> dict[str, dict]:
-    """A row of `compare` for each method, at its best rate; runs that the folder holds already are not done again."""
-    result = compare(list(sides.values()), BASE, FOLDER, SEEDS, rates=RATES, jobs=2)
+def few_shot(sides: dict[str, dict], quantize: str | None = None) -> dict[str, dict]:
+    """A row of `compare` for each method, at its best rate, on a base in a number format; runs that the folder holds already are not done again."""
+    base, folder = (BASE | {"quantize": quantize}, FOLDER.with_name(f"few-shot-{quantize}")) if quantize else (BASE, FOLDER)
+    result = compare(list(sides.values()), base, folder, SEEDS, rates=RATES, jobs=2, trial=TRIAL)
     if result["failures"]:
         raise SystemExit(result["failures"][0]["reason"])
     return dict(zip(sides, result["rows"], strict=True))
 
 
-def parameters(method: dict) -> int:
+def parameters(method: dict, quantize: str | None = None) -> int:
     """Those of the adapter on MiniLM, without the classification head."""
     model, _ = models.load(BASE["model"], "classification", labels=["a", "b"])
-    return ts.summary(ts.adapt(model, method)).trainable
+    return ts.summary(ts.adapt(ts.quantize(model, quantize) if quantize else model, method)).trainable
 
 
 def values(row: dict) -> list[float]:
@@ -64,9 +65,10 @@ def percent(side: list[float]) -> str:
     return f"{100 * statistics.mean(side):.1f} ± {100 * statistics.stdev(side):.1f}%"
 
 
-def accuracies(rows: dict[str, dict]) -> dict:
+def accuracies(rows: dict[str, dict], quantize: str | None = None) -> dict:
     """`measured` of a claim about accuracy."""
-    return {name: spread(values(row)) | {"parameters": parameters({k: v for k, v in row["method"].items() if k != "lr"}), "lr": row["method"]["lr"]} for name, row in rows.items()}
+    plain = {name: {k: v for k, v in row["method"].items() if k != "lr"} for name, row in rows.items()}
+    return {name: spread(values(row)) | {"parameters": parameters(plain[name], quantize), "lr": row["method"]["lr"]} for name, row in rows.items()}
 
 
 def sparse_step(one: str, other: str) -> dict[str, float]:

@@ -12,7 +12,7 @@ from tunesmith.bench.claims import claim
 SIDES = {
     "neuroada k=1": {"method": "neuroada", "k": 1},
     "lora r=1": {"method": "lora", "rank": 1, "alpha": 1},
-    "neuroada k=20": {"method": "neuroada", "k": 20},
+    "neuroada k=16": {"method": "neuroada", "k": 16},
     "lora r=8": {"method": "lora", "rank": 8},
 }
 PAPER = "NeuroAda (arXiv 2510.18940)"
@@ -21,7 +21,7 @@ PAPER = "NeuroAda (arXiv 2510.18940)"
 def main():
     rows = few_shot(SIDES)
     found = {name: values(row) for name, row in rows.items()}
-    for ours, theirs in (("neuroada k=1", "lora r=1"), ("neuroada k=20", "lora r=8")):
+    for ours, theirs in (("neuroada k=1", "lora r=1"), ("neuroada k=16", "lora r=8")):
         share = parameters(SIDES[ours]) / parameters(SIDES[theirs])
         claim(
             PAPER,

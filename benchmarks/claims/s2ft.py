@@ -12,8 +12,8 @@ from _omniglot import fused, moved
 from tunesmith.bench.claims import claim
 
 SIDES = {
-    "s2ft": {"method": "s2ft", "heads": 0.1, "channels": 0.1},
-    "s2ft activation": {"method": "s2ft", "heads": 0.1, "channels": 0.1, "choice": "activation"},
+    "s2ft": {"method": "s2ft", "heads": 0.1, "channels": 0.06},
+    "s2ft activation": {"method": "s2ft", "heads": 0.1, "channels": 0.06, "choice": "activation"},
     "lora": {"method": "lora", "rank": 8},
     "full": {"method": "full"},
 }

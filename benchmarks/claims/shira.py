@@ -16,7 +16,7 @@ from tunesmith.bench.claims import claim
 
 MASKS = ("struct", "random", "magnitude", "gradient", "snip")
 SIDES = {
-    f"shira {mask}": {"method": "shira", "rank": 8, "mask": mask} if mask != "struct" else {"method": "shira", "density": 0.04, "mask": mask} for mask in MASKS
+    f"shira {mask}": {"method": "shira", "rank": 8, "mask": mask} if mask != "struct" else {"method": "shira", "density": 0.03, "mask": mask} for mask in MASKS
 } | {"lora": {"method": "lora", "rank": 8}}
 FUSED = {name: SIDES[name] for name in ("shira random", "shira magnitude", "lora")}
 PAPER = "SHiRA (arXiv 2406.13175)"

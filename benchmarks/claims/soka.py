@@ -12,7 +12,7 @@ from _common import above as larger
 
 from tunesmith.bench.claims import claim
 
-SIDES = {"soka": {"method": "soka", "rank": 3}, "lora": {"method": "lora", "rank": 4}, "pissa": {"method": "pissa", "rank": 4}}
+SIDES = {"soka": {"method": "soka", "rank": 6}, "lora": {"method": "lora", "rank": 8}, "pissa": {"method": "pissa", "rank": 8}}
 PAPER = "SoKA (arXiv 2506.15251)"
 
 

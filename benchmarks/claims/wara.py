@@ -14,7 +14,7 @@ from _common import LIMITS, above, accuracies, few_shot, percent, spread, values
 import tunesmith as ts
 from tunesmith.bench.claims import claim
 
-SIDES = {"wara": {"method": "wara", "rank": 8}, "lora": {"method": "lora", "rank": 4}}
+SIDES = {"wara": {"method": "wara", "rank": 16}, "lora": {"method": "lora", "rank": 8}}
 PAPER = "WaRA (arXiv 2506.24092)"
 
 

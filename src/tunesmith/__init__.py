@@ -13,19 +13,20 @@ _HOMES = {
     "tunesmith.schedule": ["stages"],
     "tunesmith.methods.store": ["save", "load"],
     "tunesmith.methods": [
-        "adapt", "Method", "MethodInfo", "co_permuted", "density", "ranks", "few_shot", "AdaLoRA", "Bat", "BitFit", "Bone", "DoRA", "FourierFT", "Full", "HUT", "IA3", "ID3", "LinearProbe",
-        "LNTuning", "LoRA", "MHR", "MiSS", "MoLA", "NeuroAda", "PaCA", "PiSSA", "Poly", "PrefixTuning", "PromptTuning", "RSLoRA", "S2FT", "S2LoRA", "SeriesAdapter", "SHiRA", "SNELL", "SNELLA", "SoKA", "SPTAdapter", "SPTLoRA",
+        "adapt", "Method", "MethodInfo", "co_permuted", "density", "ranks", "few_shot", "AdaLoRA", "Bat", "BitFit", "Bone", "DoRA", "FourierFT", "Full", "HUT", "IA3", "ID3", "L4Q", "LinearProbe",
+        "LNTuning", "LoftQ", "LoRA", "MHR", "MiSS", "MoLA", "NeuroAda", "PaCA", "PEQA", "PiSSA", "Poly", "PrefixTuning", "PromptTuning", "QWHA", "RSLoRA", "S2FT", "S2LoRA", "SeriesAdapter", "SHiRA", "SketchTune", "SNELL", "SNELLA", "SoKA", "SPTAdapter", "SPTLoRA",
         "TransformedLoRA", "VeRA", "WaRA",
     ],
 }  # fmt: skip
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}
-__all__ = sorted([*_WHERE, "methods"])
+_CALLED = ("methods", "quantize")  # modules that are called: methods() lists the registry, quantize(model) packs weights
+__all__ = sorted([*_WHERE, *_CALLED])
 
 
 def __getattr__(name: str):
     """Names load on first use, so that importing tunesmith costs next to nothing."""
-    if name == "methods":
-        return importlib.import_module("tunesmith.methods")  # a module that is called: methods() lists the registry
+    if name in _CALLED:
+        return importlib.import_module(f"tunesmith.{name}")
     if name not in _WHERE:
         raise AttributeError(f"module 'tunesmith' has no attribute {name!r}")
     value = getattr(importlib.import_module(_WHERE[name]), name)

@@ -192,7 +192,13 @@ def chat(
 
 
 @app.command()
-def merge(run: RunFolder, out: Out, as_json: AsJson = False):
+def merge(
+    run: RunFolder,
+    out: Out,
+    quantize: Annotated[str | None, typer.Option(help="Round the merged weights to a number format, such as int4.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Also where rounding undoes much of what the adapter does.")] = False,
+    as_json: AsJson = False,
+):
     """Write the model with the adapter merged into its weights, as a plain Hugging Face folder.
 
     \b
@@ -200,10 +206,42 @@ def merge(run: RunFolder, out: Out, as_json: AsJson = False):
     """
     from .lifecycle.export import merge_to_folder
 
-    result = merge_to_folder(run, out)
+    result = merge_to_folder(run, out, quantize, force)
     if as_json:
         return _print_json(result)
-    typer.echo(f"{out}: merged and adapted logits differ by at most {result['max_error']:.2g} (largest logit {result['largest_logit']:.3g})")
+    typer.echo(f"{out}: merged and adapted logits differ by at most {result['max_error']:.2g}, {result['mean_error']:.2g} on average (largest logit {result['largest_logit']:.3g})")
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="smollm2-135m, a hub id or a folder.", show_default=False)],
+    out: Out,
+    format: Annotated[str, typer.Option(help="nf4, nf3, nf2, int8, int4, int3, int2, mxfp4, nvfp4, sketch4, sketch3 or sketch2.")] = "nf4",
+    group_size: Annotated[str | None, typer.Option(help="Weights that share a scale: a number, or row.")] = None,
+    double_quant: Annotated[bool, typer.Option("--double-quant", help="nf: scales in 8 bits.")] = False,
+    calibrate: Annotated[str | None, typer.Option(help="Data that the layers' outputs are kept for; default: round to nearest.")] = None,
+    text: Annotated[str | None, typer.Option(help="Held-out data to measure the perplexity on, before and after.")] = None,
+    dtype: Annotated[str, typer.Option(help="What weights are read as: float32 or bfloat16.")] = "float32",
+    as_json: AsJson = False,
+):
+    """Write a language model with its weights in few bits, for recipes and commands to take in place of it.
+
+    \b
+    Example: tunesmith quantize smollm2-135m small/ --format int4 --text held-out.txt
+    """
+    from .lifecycle.quantized import quantize_to_folder
+
+    chosen = {"format": format, "double_quant": double_quant} | ({"group_size": _group(group_size)} if group_size else {})
+    found = quantize_to_folder(model, out, chosen, calibrate, text, dtype=dtype)
+    if as_json:
+        return _print_json(found)
+    typer.echo(f"{out}: {found['layers']} layers in {found['bits_per_weight']:.2f} bits per weight; {found['total_bytes'] / 2**20:,.0f} MiB, {found['original_bytes'] / 2**20:,.0f} before")
+    if text:
+        typer.echo(f"perplexity {found['before']:.2f} before, {found['after']:.2f} after")
+
+
+def _group(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
 
 
 @app.command()
@@ -248,7 +286,7 @@ def targets(
 @app.command()
 def compare(
     overrides: Overrides = None,
-    methods: Annotated[str, typer.Option(help="Names of methods, separated by commas.")] = "lora,bitfit,ia3,linear-probe,full",
+    methods: Annotated[str, typer.Option(help="Names of methods, separated by commas, or a YAML file with a list of names and mappings such as {method: lora, rank: 4}.")] = "lora,bitfit,ia3,linear-probe,full",
     recipe: Annotated[Path | None, typer.Option(help="A recipe that all runs share.")] = None,
     data: Annotated[str | None, typer.Option(help="Training data.")] = None,
     eval: Annotated[str | None, typer.Option(help="Evaluation data.")] = None,
@@ -257,6 +295,7 @@ def compare(
     output: Annotated[str, typer.Option(help="Folder of the table, the page and the runs.")] = "runs/compare",
     seeds: Annotated[str | None, typer.Option(help="Train each method once per seed, e.g. 0,1,2.")] = None,
     rates: Annotated[str | None, typer.Option(help="Learning rates to choose from for each method, on the evaluation data, e.g. 5e-4,2e-3 or 0.3x,1x,3x of its default.")] = None,
+    trial: Annotated[list[str] | None, typer.Option(help="A recipe key that is otherwise in the runs that choose a rate, e.g. epochs=2.", metavar="KEY=VALUE")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each with its share of the cores.")] = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
     as_json: AsJson = False,
@@ -269,16 +308,19 @@ def compare(
     """
     from .train import recipe as recipes
 
-    base = recipes.load(recipe, overrides or [], {"data": data, "eval": eval, "test": test, "model": model})
+    flags = {"data": data, "eval": eval, "test": test, "model": model}
+    base = recipes.load(recipe, overrides or [], flags)
+    tried = recipes.load(recipe, [*(overrides or []), *(trial or [])], flags)
 
     from .bench.compare import compare as run_all
     from .train.display import Display
 
-    names = [name.strip() for name in methods.split(",") if name.strip()]
+    chosen = recipes.read_methods(methods) if methods.endswith((".yaml", ".yml")) else [name.strip() for name in methods.split(",") if name.strip()]
     with Display(silent=as_json or quiet) as display:
         result = run_all(
-            names, base, output, _numbers("seeds", seeds, int) if seeds else None, overwrite, display, _numbers("rates", rates, _rate) if rates else None, jobs
-        )
+            chosen, base, output, _numbers("seeds", seeds, int) if seeds else None, overwrite, display, _numbers("rates", rates, _rate) if rates else None, jobs,
+            tried.model_dump(mode="json", exclude_unset=True) if trial else None,
+        )  # fmt: skip
     if as_json:
         return _print_json(result)
     if not quiet and result["rows"]:

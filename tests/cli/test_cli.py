@@ -139,9 +139,10 @@ def test_a_damaged_adapter_or_another_base_is_refused(here, data, command):
 
 
 def test_compare_makes_one_table(here, models, data, command):
-    code, out, err = command("compare", "--data", data["tickets"], "--model", models["bert"], "--methods", "bitfit", "epochs=1", "--output", "both")
+    (here / "methods.yaml").write_text("- {method: lora, rank: 2}\n- bitfit\n")
+    code, out, err = command("compare", "--data", data["tickets"], "--model", models["bert"], "--methods", "methods.yaml", "epochs=1", "--output", "both")
     assert code == 0, err
-    assert out.splitlines()[0].split()[:2] == ["method", "accuracy"] and len(out.splitlines()) == 3
+    assert out.splitlines()[0].split()[:2] == ["method", "accuracy"] and len(out.splitlines()) == 4
     assert {"compare.json", "compare.csv", "compare.html"} <= {p.name for p in (here / "both").iterdir()}
 
 
@@ -188,7 +189,7 @@ def test_help_is_quick_and_shows_an_example(command):
         (["train", "--data", "x.csv", "--model", "minilm", "epoch=3"], "epoch=3: unknown key 'epoch' (did you mean 'epochs'"),
         (["train", "--data", "x.csv", "--model", "minilm", "--method", "lroa"], "--method: unknown method 'lroa' (did you mean 'lora'"),
         (["train", "r.yaml"], "r.yaml, line 2: unknown key 'date' (did you mean 'data'"),
-        (["train", "empty", "--resume"], "cannot read the recipe empty/recipe.yaml"),
+        (["train", "empty", "--resume"], "cannot read empty/recipe.yaml"),
         (["eval", "empty", "--data", "x.csv"], "there is no file x.csv"),
         (["predict", "empty", "text"], "empty is not a run folder"),
         (["predict", "empty"], "either a text"),
@@ -197,6 +198,7 @@ def test_help_is_quick_and_shows_an_example(command):
         (["chat", "empty"], "config.json is missing"),
         (["targets", "empty"], "config.json is missing"),
         (["compare", "--data", "x.csv", "--model", "minilm", "--seeds", "one"], "seeds are whole numbers"),
+        (["compare", "--data", "x.csv", "--model", "minilm", "--methods", "no.yaml"], "cannot read no.yaml"),
         (["compare", "--data", "x.csv", "--model", "minilm", "--rates", "1x,fast"], "rates are numbers"),
         (["compare", "--data", "x.csv", "--model", "minilm", "--methods", "lora,bitfat"], "unknown method 'bitfat' (did you mean 'bitfit'"),
     ],

@@ -21,8 +21,11 @@ MODELS = {**tiny.BUILDERS, "attention": attention_net}
 # Pairs that end in one clear sentence instead of an adapter.
 CANNOT = {
     "bitfit": {"llama", "t5"},
+    "l4q": {"convnet"},
     "mhr": {"convnet"},
     "mola": {"convnet"},
+    "peqa": {"convnet"},
+    "sketchtune": {"convnet"},
     "prompt-tuning": {"vit", "convnet", "attention"},
     "prefix-tuning": {"vit", "convnet", "attention", "t5"},
     "series-adapter": {"convnet"},
@@ -53,7 +56,7 @@ def build(kind, dtype=torch.float32):
 def adapt(model, method, *args, **kwargs):
     """`ts.adapt` with a calibration for the methods that need one."""
     config = parse(FORMS.get(method, method) if isinstance(method, str) else method)
-    if config.calibrated:
+    if config.calibrated and not config.calibration_optional:
         kwargs["calibrate"] = lambda model: loss(model, inputs(kind_of(model), dtype=next(model.parameters()).dtype)).backward()
     return ts.adapt(model, config, *args, **kwargs)
 

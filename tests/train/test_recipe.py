@@ -79,7 +79,7 @@ def test_a_wrong_override_is_named(override, match):
 
 
 def test_files_that_are_no_recipe(tmp_path, written):
-    refused("cannot read the recipe", tmp_path / "none.yaml")
+    refused("cannot read", tmp_path / "none.yaml")
     refused("a recipe is a mapping", written("- a\n"))
     refused("'model' is missing", written(""))
     (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\x00")
@@ -134,3 +134,10 @@ def test_any_values_are_a_recipe_or_one_sentence(values):
         recipes.check(values)
     except TunesmithError as error:
         assert "\n" not in str(error)
+
+
+def test_a_list_of_methods(written):
+    assert recipes.read_methods(written("- bitfit\n- {method: lora, rank: 4}\n")) == ["bitfit", {"method": "lora", "rank": 4}]
+    for text in ("method: lora\n", "- 3\n", ""):
+        with pytest.raises(TunesmithError, match="methods are a list"):
+            recipes.read_methods(written(text))

@@ -51,6 +51,7 @@ def compare(
     progress: Callable[[dict], None] | None = None,
     rates: list[float | str] | None = None,
     jobs: int = 1,
+    trial: dict | None = None,
 ) -> dict:
     """Train each of `methods` as the recipe `base` says, and write compare.json, compare.csv and compare.html to `output`.
 
@@ -61,6 +62,7 @@ def compare(
     progress: told the events of every run (see `train.run`).
     rates: learning rates, such as 2e-3 or, as multiples of the method's own default, "0.3x". Each method that names none gets
     the one that does best on the evaluation data with the first seed; those runs are one comparison of their own, in `output`/rates.
+    trial: fields of the recipe that are otherwise in those runs, such as {"epochs": 2} to make them cheap.
     jobs: so many runs at once, each with its share of the cores: sooner done, but the runs' times then depend on each other.
 
     A run that `output` holds already under the same recipe and data is not trained again, and one that was cut off goes
@@ -72,7 +74,7 @@ def compare(
         base = base.model_dump(mode="json", exclude_unset=True)
     base = {key: value for key, value in base.items() if key not in ("method", "output")}
     if rates:
-        methods = _at_best_rates(methods, base, rates, output, (seeds or [None])[:1], overwrite, tell, jobs)
+        methods = _at_best_rates(methods, base | (trial or {}), rates, output, (seeds or [None])[:1], overwrite, tell, jobs)
     runs = [_plan(base, method, seed, output) for method in methods for seed in (seeds or [None])]
     if not runs:
         raise TunesmithError("compare needs at least one method")

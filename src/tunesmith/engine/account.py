@@ -85,5 +85,5 @@ def summary(model: nn.Module) -> Summary:
     stored = {id(t): t for n in names for a in adapters(model, n).values() for t in tensors(a).values()}
     return Summary(
         "+".join(names), count, sum(p.numel() for p in base.values()) + count - replaced, sum(packed_size(t) for t in stored.values()),
-        sum(p.numel() * p.element_size() for p in base.values()), flops, 2 * flops + 2 * count, (2 + ADAMW_STATES) * adapter_bytes, sites,
+        sum(p.nbytes for p in base.values()), flops, 2 * flops + 2 * count, (2 + ADAMW_STATES) * adapter_bytes, sites,
     )

@@ -59,12 +59,13 @@ def score(model: nn.Module, sites: dict[str, Site], backward: Callable[[nn.Modul
     """Fill each site's `seen` with `statistics` of what `backward(model)` runs: forward and backward on some batches.
 
     `gradient`: of each parameter, summed over the backwards; `squares`: of those gradients, summed alike; `inputs`: the
-    mean magnitude of each of a linear layer's inputs. The model's own flags and gradients are as before afterwards.
+    mean magnitude of each of a linear layer's inputs; `moments`: their products, the mean of x xᵀ. The last two need no
+    backward. The model's own flags and gradients are as before afterwards.
     Raises `TunesmithError` where a layer got no gradient, or one that is not finite.
     """
     parameters = {id(p): p for site in sites.values() for p in site.values.values()}
     others = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    sums: dict[str, dict[int, Tensor]] = {name: {} for name in statistics}
+    sums: dict[str, dict[int | str, Tensor]] = {name: {} for name in (*statistics, "rows")}
     hooks = []
 
     def add(name: str, key: int, value: Tensor) -> None:
@@ -81,7 +82,12 @@ def score(model: nn.Module, sites: dict[str, Site], backward: Callable[[nn.Modul
         def hook(module, args, kwargs):
             (x,) = args or kwargs.values()
             x = x.detach().reshape(-1, x.shape[-1])
-            add("inputs", path, torch.cat([x.abs().sum(0, dtype=torch.float64), x.new_tensor([len(x)], dtype=torch.float64)]))
+            add("rows", path, x.new_tensor(len(x), dtype=torch.float64))
+            if "inputs" in sums:
+                add("inputs", path, x.abs().sum(0, dtype=torch.float64))
+            if "moments" in sums:
+                x = x.to(torch.promote_types(x.dtype, torch.float32))
+                add("moments", path, (x.T @ x).double())
 
         return hook
 
@@ -90,7 +96,7 @@ def score(model: nn.Module, sites: dict[str, Site], backward: Callable[[nn.Modul
             p.requires_grad_(id(p) in parameters)
             p.grad = None
         hooks += [p.register_post_accumulate_grad_hook(after) for p in parameters.values()]
-        if "inputs" in sums:
+        if {"inputs", "moments"} & set(statistics):
             hooks += [site.owner.register_forward_pre_hook(before(path), with_kwargs=True) for path, site in sites.items() if site.kind == "linear"]
         with torch.enable_grad():
             backward(model)
@@ -108,6 +114,8 @@ def score(model: nn.Module, sites: dict[str, Site], backward: Callable[[nn.Modul
             if not all(torch.isfinite(t).all() for t in found.values()):
                 raise TunesmithError(f"the calibration's gradient at {path!r} is not finite; calibrate in float32, or on other data")
             site.seen[name] = found
-        if path in sums.get("inputs", {}):
-            total = sums["inputs"][path]
-            site.seen["inputs"] = {"x": (total[:-1] / total[-1]).float()}
+        for name in {"inputs", "moments"} & set(statistics):
+            if path in sums["rows"]:
+                site.seen[name] = {"x": (sums[name][path] / sums["rows"][path]).float()}
+            elif site.kind == "linear":
+                raise TunesmithError(f"the calibration never reached {path!r}; it must run the model on some batches")

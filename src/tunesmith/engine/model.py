@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import TunesmithError, nearest
 from .adapter import Adapter, Hub, State, Swap, adapted_class, fold
@@ -246,7 +247,7 @@ def merge(model: nn.Module, unload: bool = False) -> nn.Module:
 def _scattered(hub: Hub, own: dict[Adapter, float], uses: Counter) -> bool:
     """Whether adapters can be merged by changing some entries of the weight in place."""
     W = hub.site.values.get(hub.site.weight)
-    return W is not None and uses[id(W)] == 1 and not hasattr(W, "full_tensor") and all(adapter.scattered for adapter in own)
+    return W is not None and uses[id(W)] == 1 and not is_traceable_wrapper_subclass(W) and all(adapter.scattered for adapter in own)
 
 
 def _scatter(hub: Hub, adapter: Adapter, weight: float) -> None:

@@ -67,7 +67,7 @@ class Site:
     def matrix(self, values: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """(W (out, in), b (out,) or None) as views of raw parameter values."""
         raw = values[self.weight]
-        return (raw.T if self.transposed else raw.flatten(1)), values.get(self.bias)
+        return (raw.T if self.transposed else raw if raw.dim() == 2 else raw.flatten(1)), values.get(self.bias)
 
     def _seen(self, statistic: str) -> Tensor | None:
         return self.matrix(self.seen[statistic])[0] if statistic in self.seen else None
@@ -86,6 +86,11 @@ class Site:
     def inputs(self) -> Tensor | None:
         """The mean magnitude of each input on the calibration data, (in,)."""
         return self.seen.get("inputs", {}).get("x")
+
+    @property
+    def moments(self) -> Tensor | None:
+        """The mean of x xᵀ over the inputs x on the calibration data, (in, in)."""
+        return self.seen.get("moments", {}).get("x")
 
     def raw(self, W: Tensor, b: Tensor | None) -> dict[str, Tensor]:
         """The inverse of `matrix`, in the parameters' own dtypes."""

@@ -12,18 +12,23 @@ from .full import BitFit, Full, LinearProbe, LNTuning
 from .hut import HUT
 from .ia3 import IA3
 from .id3 import ID3
+from .l4q import L4Q
+from .loftq import LoftQ
 from .lora import LoRA, PiSSA, RSLoRA
 from .method import Method, adapt, parse, registry
 from .mhr import MHR, Poly, few_shot
 from .mola import MoLA
 from .neuroada import NeuroAda
 from .paca import PaCA
+from .peqa import PEQA
 from .prefix_tuning import PrefixTuning
 from .prompt_tuning import PromptTuning
+from .qwha import QWHA
 from .s2_lora import S2LoRA
 from .s2ft import S2FT, co_permuted
 from .series_adapter import SeriesAdapter
 from .shira import SHiRA
+from .sketchtune import SketchTune
 from .snell import SNELL, density
 from .snella import SNELLA
 from .soka import SoKA

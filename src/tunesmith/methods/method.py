@@ -12,6 +12,7 @@ from ..engine.calls import score
 from ..engine.model import Record, attach, check_name, unwrap
 from ..engine.sites import Site, Targets, check_kind, find, float_dtype, matches, sites, within
 from ..errors import TunesmithError, nearest
+from ..quantize import Format, PackedWeight
 from .peft_targets import exactly
 
 registry: dict[str, type["Method"]] = {}
@@ -36,7 +37,7 @@ class Method(BaseModel):
     paper: ClassVar[str]
     works_on: ClassVar[tuple[str, ...]] = ("linear",)
     mergeable: ClassVar[bool] = True
-    quantized_base_ok: ClassVar[bool] = False
+    quantized_base_ok: ClassVar[bool] = True
     identity: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-3
 
@@ -98,6 +99,13 @@ class Method(BaseModel):
     def calibrated(self) -> tuple[str, ...]:
         """What the adapters are built from beside the weights: `gradient`, `squares` or `inputs`, at each site as `site.gradient` and so on."""
         return ()
+
+    calibration_optional: ClassVar[bool] = False  # whether adapters can be built without what `calibrated` names
+    from_original: ClassVar[bool] = False  # whether adapters start from what a quantised base's weights were before they were rounded
+
+    def rounding(self, W: torch.Tensor, format: Format, keep: bool = False) -> PackedWeight:
+        """How a base's weight is to be rounded for this method."""
+        return PackedWeight.of(W, format, keep)
 
     def allot(self, model: nn.Module, configs: dict[str, "Method"], by_path: dict[str, Site]) -> dict[str, "Method"]:
         """The config of each site where what one site gets depends on the others, as under a common budget; sites that get nothing are left out."""
@@ -216,9 +224,10 @@ def adapt(
                 raise TunesmithError(f"{configs[path].method} has nothing to train at {path!r}")
     by_path = {path: site for path, (site, _) in chosen.items()}
     if scored := {path: by_path[path] for path, each in configs.items() if each.calibrated}:
-        if calibrate is None:
+        if calibrate is None and not all(configs[path].calibration_optional for path in scored):
             raise TunesmithError(f"{config.method} starts from the model's gradients here: pass adapt(..., calibrate=function), which runs forward and backward on some batches")
-        score(model, scored, calibrate, {name for path in scored for name in configs[path].calibrated})
+        if calibrate:
+            score(model, scored, calibrate, {name for path in scored for name in configs[path].calibrated})
     try:
         alloted = {path: each for own in _groups(configs).values() for path, each in next(iter(own.values())).allot(model, own, by_path).items()}
         configs = {path: alloted[path] for path in configs if path in alloted}
@@ -267,7 +276,7 @@ def values_of(site: Site, names: tuple[str, ...] | None = None, shared: dict | N
     for name in names:
         p = site.holder._parameters[name]
         if id(p) not in shared:
-            shared[id(p)] = nn.Parameter(p.detach().to(float_dtype(p)).clone())
+            shared[id(p)] = nn.Parameter(torch.empty_like(p, dtype=float_dtype(p)).copy_(p.detach()))
     return ValueAdapter({name: shared[id(site.holder._parameters[name])] for name in names})
 
 

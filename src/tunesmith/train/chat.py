@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 
 from .. import models
 from ..errors import TunesmithError
+from . import base
 from .folder import is_run, open_run, pick_device
 
 
@@ -21,7 +22,7 @@ def chat(target: str, system: str | None = None, max_new_tokens: int = 256, line
             raise TunesmithError(f"{target} classifies and does not write text; use `tunesmith predict {target} TEXT`")
         model, tokenizer = run.model, run.tokenizer
     else:
-        model, tokenizer = models.load(target, "sft")
+        model, tokenizer = base.load(target, "sft")
         model.to(pick_device("auto"))
     ends = {tokenizer.eos_token_id, *_ids(model.generation_config.eos_token_id)} - {None}
     config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(ends) or None, pad_token_id=tokenizer.pad_token_id)

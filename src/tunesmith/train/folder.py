@@ -135,7 +135,9 @@ def open_run(folder: str | Path, adapter: bool = True, device: str | None = None
     """
     import tunesmith as ts
 
-    from .. import models
+    from ..methods import parse
+    from ..quantize import forget
+    from . import base
     from .taskdata import task_of
 
     folder = Path(folder)
@@ -153,9 +155,10 @@ def open_run(folder: str | Path, adapter: bool = True, device: str | None = None
         raise TunesmithError(f"{folder}/data.json is missing or damaged; train the run anew (--overwrite)") from error
     if adapter and not (folder / "adapter").is_dir():
         raise TunesmithError(f"{folder} holds no adapter yet; finish it with `tunesmith train {folder} --resume`")
-    model, tokenizer = models.load(recipe.model, task.name, labels, recipe.dtype, recipe.seed)
+    model, tokenizer = base.load(recipe.model, task.name, labels, recipe.dtype, recipe.seed, recipe.quantize, parse(recipe.method))
     if adapter:
         ts.load(model, folder / "adapter")
+    forget(model)
     model.to(pick_device(device or recipe.device)).eval()
     return Run(folder, recipe, task, columns, labels, model, tokenizer, task_names)
 

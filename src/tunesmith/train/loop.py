@@ -19,12 +19,13 @@ from torch import nn
 
 import tunesmith as ts
 
-from .. import data, models, optim
+from .. import data, optim
 from ..data import columns as cols
 from ..data import tasks
 from ..errors import TunesmithError
 from ..methods import parse
-from . import checkpoint, memory, report
+from ..quantize import forget
+from . import base, checkpoint, memory, report
 from . import folder as run_folder
 from .evaluate import evaluate
 from .metrics import Metrics
@@ -111,7 +112,9 @@ def _run(recipe, progress, resume, overwrite):
         return RunResult(folder, summary["eval"], summary)
 
     # Model, and the examples tokenised once. A step takes `share` batches, one or more for each process.
-    model, tokenizer = models.load(recipe.model, task.name, labels, recipe.dtype, recipe.seed)
+    model, tokenizer = base.load(recipe.model, task.name, labels, recipe.dtype, recipe.seed, recipe.quantize, method)
+    if line := base.described(model):
+        tell({"event": "note", "text": line})
     model.to(device)
     for source, other, found in scored.values():
         if source:
@@ -157,6 +160,7 @@ def _run(recipe, progress, resume, overwrite):
     # The adapter and its optimiser.
     seed(recipe.seed, "adapter")
     ts.adapt(model, with_head(method, model) if task.name == "classification" else method, calibrate=calibrate)
+    forget(model)
     prepare(model, recipe.gradient_checkpointing)
     parameters = ts.trainable(model)
     optimizer = optim.build(model, recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay, head_lr=recipe.head_lr, betas=recipe.betas)

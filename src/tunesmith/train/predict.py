@@ -10,6 +10,7 @@ from ..data import tasks
 from ..data.tasks.classification import truncated
 from ..data.tasks.math import QUESTION
 from ..data.tasks.prompts import prompt
+from . import base
 from .evaluate import Evaluation, evaluate, generate_in_tasks
 from .folder import Run, is_run, open_run, pick_device
 from .taskdata import columns_of, in_tasks, task_of, with_tasks
@@ -33,7 +34,7 @@ def evaluate_on(target: str | Path, source: str, task: str | None = None, split:
         )
     which = task_of(task or tasks.guess(rows), {})
     found = which.columns(rows)
-    model, tokenizer = models.load(str(target), which.name)
+    model, tokenizer = base.load(str(target), which.name)
     return evaluate(model.to(pick_device("auto")), tokenizer, which, rows, found, batch_size=batch_size)
 
 

@@ -52,6 +52,7 @@ class Recipe(BaseModel):
 
     seed: int = Field(0, ge=0, lt=2**32)
     dtype: Literal["float32", "bfloat16"] | None = Field(None, description="of the base model; default: float32 on CPU, bfloat16 on GPU")
+    quantize: str | dict[str, Any] | None = Field(None, description="store the base's weights in few bits: nf4, int8, int4, int3, int2, mxfp4, nvfp4, or a mapping such as {format: nf4, double_quant: true}")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     gradient_checkpointing: bool = False
 
@@ -97,24 +98,37 @@ def _lines(node: yaml.Node | None, file: str, path: tuple = ()) -> Where:
     return found
 
 
+def read_methods(file: str | Path) -> list[str | dict]:
+    """The list of methods in a YAML file: names, and mappings as a recipe has them."""
+    values, _ = _read(file)
+    if not isinstance(values, list) or not all(isinstance(each, str | dict) for each in values):
+        raise TunesmithError(f"{file}: methods are a list, each a name or a mapping such as `- {{method: lora, rank: 4}}`")
+    return values
+
+
 def read_yaml(file: str | Path) -> tuple[dict, Where]:
     """The mapping in a YAML file and the line of each of its keys."""
+    values, node = _read(file)
+    if not isinstance(values, dict):
+        raise TunesmithError(f"{file}: a recipe is a mapping of keys to values, such as `model: minilm`")
+    return values, _lines(node, str(file))
+
+
+def _read(file: str | Path) -> tuple[Any, yaml.Node | None]:
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
         node = yaml.compose(text, _Loader)
         values = yaml.load(text, _Loader) if node else {}  # noqa: S506 - a SafeLoader
     except OSError as error:
-        raise TunesmithError(f"cannot read the recipe {file}: {error.strerror}") from error
+        raise TunesmithError(f"cannot read {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise TunesmithError(f"the recipe {file} is not UTF-8 text") from error
+        raise TunesmithError(f"{file} is not UTF-8 text") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise TunesmithError(f"{file}, line {mark.line + 1 if mark else 1}: not YAML ({error.problem or error.context})") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise TunesmithError(f"{file}: not YAML ({str(error).splitlines()[0]})") from error
-    if not isinstance(values, dict):
-        raise TunesmithError(f"{file}: a recipe is a mapping of keys to values, such as `model: minilm`")
-    return values, _lines(node, str(file))
+    return values, node
 
 
 def _override(values: dict, where: Where, text: str) -> None:
@@ -161,7 +175,13 @@ def check(values: dict, where: Where | None = None) -> Recipe:
             seen.setdefault(tuple(each["loc"])[:1], _sentence(each, where))
         raise TunesmithError("; ".join(seen.values())) from error
     from .. import methods
+    from ..quantize import formats
 
+    try:
+        if recipe.quantize is not None:
+            formats.parse(recipe.quantize)
+    except TunesmithError as error:
+        raise TunesmithError(f"{where[('quantize',)]}: {error}" if ("quantize",) in where else str(error)) from error
     try:
         methods.parse(recipe.method)
     except TunesmithError as error:

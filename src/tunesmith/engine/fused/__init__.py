@@ -7,6 +7,7 @@ on a GPU that waits for Python (`common.light`).
 
 from .blocks import block_sum_linear, shared_block
 from .common import Recipe, forms, traced
+from .frozen import frozen_linear
 from .loss import linear_cross_entropy
 from .lowrank import dora_linear, grouped_change, grouped_lowrank_linear, lowrank_linear, weight_norm
 from .remade import merged_linear, remade

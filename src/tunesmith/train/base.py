@@ -1,0 +1,37 @@
+"""The base model of a run, its weights packed where the recipe or the model's own folder says so."""
+
+from typing import Any
+
+from .. import models
+from ..errors import TunesmithError
+from ..methods import Method
+from ..quantize.model import footprint, is_quantized, original_of, quantize, restore
+from ..quantize.packed import PackedWeight
+
+
+def load(name: str, task: str, labels: list[str] | None = None, dtype: str = "float32", seed: int = 0, format: Any = None, method: Method | None = None):
+    """`models.load`, with weights rounded to the number format `format`, or packed as the folder `name` holds them.
+
+    `method`: what is to be attached to the model; the packed weights know what they were made from where it starts from that.
+    Raises `TunesmithError` for a format on top of a folder that is quantised already.
+    """
+    model, tokenizer = models.load(name, task, labels, dtype, seed)
+    if is_quantized(name):
+        if format:
+            raise TunesmithError(f"{name} is quantised already; leave quantize out of the recipe, or name the original model")
+        restore(model, name)
+        if method and method.from_original:
+            original = dict(models.load(original_of(name), task, labels, dtype, seed)[0].named_parameters())
+            for path, weight in model.named_parameters():
+                if isinstance(weight, PackedWeight):
+                    weight.original = original[path].detach()
+    elif format:
+        quantize(model, format, **({"keep": method.from_original, "rounding": method.rounding} if method else {}))
+    return model, tokenizer
+
+
+def described(model) -> str | None:
+    """A line about packed weights."""
+    found = footprint(model)
+    if found["layers"]:
+        return f"{found['layers']} layers in {found['bits_per_weight']:.2f} bits per weight: {found['bytes'] / 2**20:.1f} MiB; the whole model {found['total_bytes'] / 2**20:.1f} MiB"
