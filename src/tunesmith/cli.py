@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from .errors import TunesmithError
+from .lab.command import app as lab
 
 app = typer.Typer(
     help="Adapt pretrained models to a task with few trained parameters.",
@@ -21,6 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(lab, name="lab")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]

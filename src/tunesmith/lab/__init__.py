@@ -1,0 +1,1 @@
+"""Experiments with arithmetic: what training in 4 bits costs and loses, by the technique."""

@@ -1,0 +1,82 @@
+"""A sweep goes on where it was killed, and ends in a page."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tunesmith import TunesmithError
+from tunesmith.lab.fp4 import FP4
+from tunesmith.lab.sweep import grid, sweep
+from tunesmith.lab.tasks import TASKS, run
+
+CONFIGS = [FP4(), FP4(scale="e4m3", tensor_scale=True, stochastic=("g",))]
+
+
+def test_a_sweep_and_its_page(tmp_path):
+    told = []
+    found = sweep(tmp_path / "s", CONFIGS, ["regression", "classification"], [0, 1], 0.05, 2, lambda *event: told.append(event))
+    assert len(told) == 12 and told[-1][0] == told[-1][1] == 12
+    assert {row["name"] for row in found["rows"]} == {config.name for config in CONFIGS} and found["front"]
+    for row in found["rows"]:
+        losses = [row["losses"][task] / found["exact"][task] - 1 for task in found["tasks"]]
+        assert row["gap"] == pytest.approx(sum(losses) / 2) and row["overhead"] > 0
+    assert json.loads((tmp_path / "s" / "fp4.json").read_text()) == json.loads(json.dumps(found))
+    html = (tmp_path / "s" / "fp4.html").read_text()
+    assert "NVFP4 + tensor scale + SR g" in html and "<svg" in html and "https://" not in html and 'src="' not in html
+    assert (tmp_path / "s" / "fp4.csv").read_text().startswith("technique,gap,")
+
+
+def test_what_is_finished_is_not_done_again(tmp_path, monkeypatch):
+    first = sweep(tmp_path, CONFIGS[:1], ["regression"], [0], 0.05)
+    text = (tmp_path / "runs.jsonl").read_text()
+    (tmp_path / "runs.jsonl").write_text(text + text.splitlines()[0][:20])  # as a kill leaves it
+    told = []
+    again = sweep(tmp_path, CONFIGS, ["regression"], [0], 0.05, 1, lambda *event: told.append(event))
+    assert len(told) == 1 and again["rows"][0] == first["rows"][0]
+    assert all(json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines())
+
+
+def test_a_killed_sweep_goes_on(tmp_path):
+    command = [sys.executable, "-m", "tunesmith", "lab", "fp4", "--output", str(tmp_path / "s"), "--tasks", "regression", "--seeds", "0", "--share", "0.02", "--jobs", "1", "--json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not ((tmp_path / "s" / "runs.jsonl").exists() and (tmp_path / "s" / "runs.jsonl").read_text().count("\n") > 2):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = (tmp_path / "s" / "runs.jsonl").read_text()
+    assert not (tmp_path / "s" / "fp4.json").exists()
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "s" / "runs.jsonl").read_text().startswith(before[: before.rfind("\n")])
+    assert len(json.loads(done.stdout)["rows"]) == len(grid("small"))
+
+
+def test_runs_are_the_same_twice_and_each_task_learns():
+    for task in ("regression", "classification", "diffusion"):
+        config = FP4(stochastic=("g",), hadamard="both")
+        assert run(task, config, 0, 0.02) == run(task, config, 0, 0.02) != run(task, config, 1, 0.02)
+        assert run(task, None, 0, 0.2) < run(task, None, 0, 0.005)
+
+
+def test_what_is_wrong_is_said(tmp_path, monkeypatch):
+    with pytest.raises(TunesmithError, match="no task 'regresion' .*regression"):
+        sweep(tmp_path / "a", CONFIGS, ["regresion"])
+    with pytest.raises(TunesmithError, match="no grid 'tiny'"):
+        grid("tiny")
+    monkeypatch.setenv("TUNESMITH_DATA", str(tmp_path / "nowhere"))
+    with pytest.raises(TunesmithError, match="task language needs tiny Shakespeare"):
+        sweep(tmp_path / "a", CONFIGS, list(TASKS))
+    assert not (tmp_path / "a").exists()
+
+
+def test_grids_hold_what_the_paper_compares():
+    small, full = grid("small"), grid("full")
+    assert len(set(small)) == len(small) == 32 and len(set(full)) == len(full) and set(small) <= set(full)
+    assert FP4(scale="e4m3", tensor_scale=True, hadamard="both", stochastic=("g",)) in small
