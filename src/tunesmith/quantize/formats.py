@@ -55,7 +55,7 @@ class Format(BaseModel):
     (code − zero)·scale, the range of a group reaching over 0. `mxfp4`, `nvfp4`: E2M1 times a scale of 8 bits (E8M0; E4M3 with
     one float32 for the matrix). `sketch4` to `sketch2`: each group has a table of its own, found by k-means (SketchTune).
     `group_size`: weights that share statistics, consecutive in a row, or "row"; where it does not divide a row, the largest
-    divisor below it does (nf and mx groups run on over the rows instead).
+    divisor below it does (nf groups run on over the rows instead).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -159,7 +159,8 @@ class Format(BaseModel):
         if self.family == "int":
             return ((groups / stats["scale"][:, None]).round_().add_(stats["zero"][:, None])).clamp_(0, 2**self.bits - 1).to(torch.uint8)
         if self.family == "sketch":
-            return (groups[..., None] - stats["table"][:, None]).abs().argmin(-1).to(torch.uint8)
+            table, order = stats["table"].sort(1)
+            return order.gather(1, torch.searchsorted((table[:, 1:] + table[:, :-1]) / 2, groups.contiguous())).to(torch.uint8)
         scaled = groups / torch.where(stats["scale"] == 0, 1, stats["scale"])[:, None]
         return closest(scaled, self.levels(groups)) if self.family == "nf" else floats.e2m1_encode(scaled)
 
