@@ -10,7 +10,7 @@ _HOMES = {
     "tunesmith.engine.calls": ["mixed", "tasks", "auxiliary_loss"],
     "tunesmith.engine.account": ["summary", "Summary"],
     "tunesmith.engine.loss": ["causal_lm_loss"],
-    "tunesmith.schedule": ["stages"],
+    "tunesmith.schedule": ["stages", "IST"],
     "tunesmith.methods.store": ["save", "load"],
     "tunesmith.methods": [
         "adapt", "Method", "MethodInfo", "co_permuted", "density", "ranks", "few_shot", "AdaLoRA", "Bat", "BitFit", "Bone", "DoRA", "FourierFT", "Full", "HUT", "IA3", "ID3", "L4Q", "LinearProbe",

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 import tunesmith as ts
 from tests import tiny
 from tunesmith.engine.model import adapters
-from tunesmith.methods.mola import MoLALayer, balance_loss, gates, layers
+from tunesmith.methods.mola import MoLALayer, balance_loss, gates
+from tunesmith.methods.select import layers
 from tunesmith.train.prepare import prepare
 
 

@@ -58,16 +58,17 @@ def same(one, other):
 
 
 @pytest.mark.parametrize(
-    ("kind", "source", "method"),
+    ("kind", "source", "method", "more"),
     [
-        ("bert", "tickets", {"method": "lora", "rank": 4, "dropout": 0.2}), ("llama", "sums", "full"), ("bert", "tickets", {"method": "id3", "budget": 60}),
-        ("bert", "tickets", {"method": "snella", "rank": 2, "rounds": 5}), ("llama", "sums", {"method": "shira", "mask": "snip"}),
+        ("bert", "tickets", {"method": "lora", "rank": 4, "dropout": 0.2}, {}), ("llama", "sums", "full", {}), ("bert", "tickets", {"method": "id3", "budget": 60}, {}),
+        ("bert", "tickets", {"method": "snella", "rank": 2, "rounds": 5}, {}), ("llama", "sums", {"method": "shira", "mask": "snip"}, {}),
+        ("bert", "tickets", "lora", {"selection": {"selection": "ist", "interval": 3}}), ("llama", "sums", "peqa", {"quantize": "int4"}),
     ],  # fmt: skip
 )
-def test_a_killed_run_ends_in_the_same_bits(here, models, data, kind, source, method):
+def test_a_killed_run_ends_in_the_same_bits(here, models, data, kind, source, method, more):
     values = {
         "model": models[kind], "data": data[source], "method": method, "epochs": 3, "batch_size": 4, "accumulate": 2, "lr": 0.01,
-        "log_every": 3, "eval_every": 5, "checkpoint_every": 4, "max_new_tokens": 2,
+        "log_every": 3, "eval_every": 5, "checkpoint_every": 4, "max_new_tokens": 2, **more,
     }  # fmt: skip
     finished(values | {"output": "whole"})
     draw, resumed = random.Random(kind), 0

@@ -236,10 +236,11 @@ class Hub(nn.Module):
         self.adapters = nn.ModuleDict()
         self.site, self.state = site, state
         self.swaps: list[Swap] = []  # what merging did, in this order
+        self.gate = 1.0  # on the adapters' effect here, beside the weights that the model's state gives them
 
     # Plain references: registering the site's modules here would make a cycle in the module tree.
     def __setattr__(self, name, value):
-        object.__setattr__(self, name, value) if name in ("site", "state", "swaps") else super().__setattr__(name, value)
+        object.__setattr__(self, name, value) if name in ("site", "state", "swaps", "gate") else super().__setattr__(name, value)
 
     def stack(self, base: Base) -> Base:
         """`base` with the active adapters over it, first activated first applied."""
@@ -247,7 +248,7 @@ class Hub(nn.Module):
         if state.enabled:
             for name, weight in state.active.items():
                 if name in self.adapters and name not in state.merged:
-                    base = Stacked(self.adapters[name], base, weight)
+                    base = Stacked(self.adapters[name], base, weight * self.gate)
         return base
 
     def run(self, forward, *args, **kwargs):

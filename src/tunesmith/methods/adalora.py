@@ -145,7 +145,6 @@ class AdaLoRA(Method):
 
     method, family, title, paper = "adalora", "low-rank", "Adaptive budget allocation for low-rank adaptation", "arXiv:2303.10512"
     works_on = ("linear", "embedding", "conv", "attention")
-    quantized_base_ok = True
     default_lr = 2e-3
 
     rank: Rank = Field(12, description="rank of every site at the start (init_r)")

@@ -117,7 +117,6 @@ class Bone(BlockSharing):
     """
 
     method, title = "bone", "Block affine adaptation"
-    quantized_base_ok = True
 
     rank: Rank = Field(64, description="width of the blocks; the layer's inputs where those are fewer")
     dropout: Dropout = Field(0.0, description="of the inputs of linear layers, before the blocks are summed")

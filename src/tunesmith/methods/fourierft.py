@@ -80,7 +80,6 @@ class FourierFT(Method):
 
     method, family, title, paper = "fourierft", "spectral", "Fourier-transform fine-tuning", "arXiv:2405.03003"
     works_on = ("linear", "conv", "attention")
-    quantized_base_ok = True
     identity = False
     default_lr = 5e-2
 

@@ -62,7 +62,6 @@ class BitFit(Full):
 
     method, title, paper = "bitfit", "Bias-term fine-tuning", "arXiv:2106.10199"
     lacking = "no biases; ln-tuning or ia3 train as few parameters"
-    quantized_base_ok = True
     default_lr = 2e-3
 
     def names(self, site):
@@ -75,7 +74,6 @@ class LNTuning(Full):
     method, title, paper = "ln-tuning", "LayerNorm tuning", "arXiv:2312.11420"
     works_on = ("norm",)
     lacking = "no norm layers"
-    quantized_base_ok = True
     default_lr = 2e-3
 
     peft_type = "LN_TUNING"

@@ -47,7 +47,6 @@ class IA3(Method):
 
     method, family, title, paper = "ia3", "scaling", "Infused adapter by inhibiting and amplifying inner activations", "arXiv:2205.05638"
     works_on = ("linear", "conv", "attention")
-    quantized_base_ok = True
     default_lr = 5e-3
 
     targets: Targets = "default"

@@ -103,7 +103,6 @@ class LoRA(Method):
 
     method, family, title, paper = "lora", "low-rank", "Low-rank adaptation", "arXiv:2106.09685"
     works_on = ("linear", "embedding", "conv", "attention")
-    quantized_base_ok = True
     default_lr = 1e-3
 
     rank: Rank = 8

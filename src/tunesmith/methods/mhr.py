@@ -116,7 +116,6 @@ class Poly(Method):
 
     method, family, title, paper = "poly", "routed", "Polytropon: modular skills mixed by task", "arXiv:2202.13914"
     works_on = ("linear", "embedding", "conv", "attention")
-    quantized_base_ok = True
     default_lr = 1e-2
 
     rank: Rank = 1

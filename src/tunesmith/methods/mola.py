@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from ..engine.adapter import WeightAdapter
 from ..engine.fused import routed_change, routed_linear, traced
-from ..engine.sites import Site, sites
+from ..engine.sites import Site
 from ..errors import TunesmithError, nearest
 from .method import Dropout, Method, Rank, empty
+from .select import layers
 
 ALLOCATIONS = {"triangle": "8642", "inverted-triangle": "2468", "hourglass": "8228", "rectangle": "5555"}
 Experts = Annotated[int, Field(ge=1, le=256)]
@@ -97,7 +98,6 @@ class MoLA(Method):
 
     method, family, title, paper = "mola", "routed", "Mixture of LoRA experts with an allocation over depth", "arXiv:2402.08562"
     mergeable = False
-    quantized_base_ok = True
     default_lr = 1e-3
 
     rank: Rank = 8
@@ -158,20 +158,3 @@ class MoLA(Method):
                 rows.setdefault((*a.place, a.gate.keywords["top_k"], a.logits.shape[1]), []).append(a.logits)
         losses = [balance_loss(torch.cat([l.to(each[0].device) for l in each]), top_k) for (_, _, top_k, _), each in rows.items()]
         return self.balance * torch.stack([l.to(losses[0].device) for l in losses]).sum() if losses else None
-
-
-def layers(model: nn.Module) -> dict[str, tuple[str, int, int]]:
-    """Site path → (stack, layer, layers of the stack)."""
-    numbered = {}
-    for site in sites(model):
-        parts = site.path.split(".")
-        numbered[site.path] = [(".".join(parts[:i]), int(part)) for i, part in enumerate(parts) if part.isdecimal()]
-    equal = {path: [(stack, i) for stack, i in places if len({type(m) for m in model.get_submodule(stack).children()}) == 1] for path, places in numbered.items()}
-    found = equal if any(equal.values()) else numbered
-    last, outermost = next((places[0] for places in found.values() if places), ("", 0)), {}
-    for path, places in found.items():
-        outermost[path] = last = places[0] if places else last
-    depths: dict[str, set[int]] = {}
-    for stack, number in outermost.values():
-        depths.setdefault(stack, set()).add(number)
-    return {path: (stack, sorted(depths[stack]).index(number), len(depths[stack])) for path, (stack, number) in outermost.items()}

@@ -26,7 +26,6 @@ class PaCA(Method):
 
     method, family, title, paper = "paca", "selective", "Partial connection adaptation", "arXiv:2503.01905"
     works_on = ("linear", "embedding", "conv", "attention")
-    quantized_base_ok = True
     default_lr = 2e-3
 
     rank: Rank = 8

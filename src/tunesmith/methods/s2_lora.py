@@ -76,7 +76,6 @@ class S2LoRA(Method):
 
     method, family, title, paper = "s2-lora", "low-rank", "Sparsely shared low-rank adaptation", "arXiv:2309.11756"
     works_on = ("linear", "embedding", "conv", "attention")
-    quantized_base_ok = True
     default_lr = 1e-3
 
     rank: Rank = 16

@@ -134,3 +134,20 @@ def _feed_forwards(model: nn.Module, known: list[Site]) -> list[Coupled]:
         free = bool(inner) and all(size != units for _, size in _beside(known, place, (*inner, outer)))
         found.append(Coupled("channels", outer, inner, units, free))
     return found
+
+
+def layers(model: nn.Module) -> dict[str, tuple[str, int, int]]:
+    """Site path → (stack, layer, layers of the stack)."""
+    numbered = {}
+    for site in sites(model):
+        parts = site.path.split(".")
+        numbered[site.path] = [(".".join(parts[:i]), int(part)) for i, part in enumerate(parts) if part.isdecimal()]
+    equal = {path: [(stack, i) for stack, i in places if len({type(m) for m in model.get_submodule(stack).children()}) == 1] for path, places in numbered.items()}
+    found = equal if any(equal.values()) else numbered
+    last, outermost = next((places[0] for places in found.values() if places), ("", 0)), {}
+    for path, places in found.items():
+        outermost[path] = last = places[0] if places else last
+    depths: dict[str, set[int]] = {}
+    for stack, number in outermost.values():
+        depths.setdefault(stack, set()).add(number)
+    return {path: (stack, sorted(depths[stack]).index(number), len(depths[stack])) for path, (stack, number) in outermost.items()}

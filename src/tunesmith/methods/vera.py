@@ -62,7 +62,6 @@ class VeRA(Method):
 
     method, family, title, paper = "vera", "low-rank", "Vector-based random matrix adaptation", "arXiv:2310.11454"
     works_on = ("linear", "embedding", "conv", "attention")
-    quantized_base_ok = True
     default_lr = 1e-2
 
     rank: Rank = 256

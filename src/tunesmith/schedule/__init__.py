@@ -1,9 +1,12 @@
 """What changes while training: the stages that methods ask for, as one object that a loop steps and a checkpoint holds."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from ..engine.model import by_method, state_of
+from .ist import IST, ISTStage
 
 
 class Stages:
@@ -30,7 +33,13 @@ class Stages:
             part.load_state_dict(state[name])
 
 
-def stages(model: nn.Module, total_steps: int) -> Stages:
-    """What the active adapters' methods change over `total_steps` optimiser steps; does nothing where they change nothing."""
+def stages(model: nn.Module, total_steps: int, selection: IST | None = None, probe: Callable[[int], float] | None = None, seed: int = 0) -> Stages:
+    """What the active adapters' methods change over `total_steps` optimiser steps; does nothing where they change nothing.
+
+    `selection`: which layers train at each step, with `probe(i)`, the loss of the i-th of some batches of training data without
+    gradients; to be called once the optimiser has all parameters, since from then on only those of some layers need gradients.
+    """
     parts = {f"{name} {config.method}": config.stage(own, total_steps) for name in state_of(model).active for config, own in by_method(model, name)}
+    if selection:
+        parts["selection"] = ISTStage(selection, model, probe, seed)
     return Stages({name: part for name, part in parts.items() if part is not None})

@@ -25,6 +25,7 @@ from ..data import tasks
 from ..errors import TunesmithError
 from ..methods import parse
 from ..quantize import forget
+from ..schedule import ist
 from . import base, checkpoint, memory, report
 from . import folder as run_folder
 from .evaluate import evaluate
@@ -35,6 +36,7 @@ from .step import loss_of, predicted, processes, reduced, schedule, seed, sum_gr
 from .taskdata import check_known, columns_of, in_tasks, task_of, with_tasks
 
 CHECKPOINT_S = 60.0
+PROBE = 16  # examples in a batch that layers' importance is measured on
 
 Tell = Callable[[dict], None]
 """Told of every {"event": "note" | "start" | "step" | "log" | "scoring" | "eval" | "end", ...}."""
@@ -157,6 +159,16 @@ def _run(recipe, progress, resume, overwrite):
         for batch in first:
             loss_of(model, inputs_of(batch), task, count).backward()
 
+    def probe(index: int) -> float:
+        """The loss of one batch of training examples, of an order of their own."""
+        epoch, i = divmod(index, math.ceil(len(examples) / PROBE))
+        inputs = inputs_of(data.batches(examples, PROBE, recipe.seed, -1 - epoch)[i])
+        training = model.training
+        with torch.no_grad(), in_tasks(model.eval(), inputs.get("task_ids")):
+            loss = loss_of(model, inputs, task, max(predicted(inputs["labels"]), 1)).item()
+        model.train(training)
+        return loss
+
     # The adapter and its optimiser.
     seed(recipe.seed, "adapter")
     ts.adapt(model, with_head(method, model) if task.name == "classification" else method, calibrate=calibrate)
@@ -164,9 +176,9 @@ def _run(recipe, progress, resume, overwrite):
     prepare(model, recipe.gradient_checkpointing)
     parameters = ts.trainable(model)
     optimizer = optim.build(model, recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay, head_lr=recipe.head_lr, betas=recipe.betas)
-    stages = ts.stages(model, total)
     peak_rates = [group["lr"] for group in optimizer.param_groups]
     size = ts.summary(model)
+    stages = ts.stages(model, total, ist.parse(recipe.selection) if recipe.selection else None, probe, recipe.seed)
     if recipe.packing and any(site.kind == "tokens" for site in size.sites):
         raise TunesmithError(f"{method.method} puts its tokens before a row, not before each example packed into it; set packing=false")
 

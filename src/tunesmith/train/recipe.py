@@ -41,6 +41,7 @@ class Recipe(BaseModel):
     calibration_batches: Positive = Field(8, description="batches whose gradient a method starts from, if it does (init: gradient)")
     packing: bool = Field(False, description="sft: several examples per row, each seeing only itself")
 
+    selection: str | dict[str, Any] | None = Field(None, description="which layers train at each step: ist (by importance), rst (at random), or a mapping {selection: ist, update: 0.25}; default: all")
     optimizer: str = "adamw"
     lr: float | None = Field(None, gt=0, description="peak learning rate; default: the method's own")
     head_lr: float | None = Field(None, gt=0, description="peak learning rate of a new classification head; default: ten times lr, at most 0.01")
@@ -176,12 +177,14 @@ def check(values: dict, where: Where | None = None) -> Recipe:
         raise TunesmithError("; ".join(seen.values())) from error
     from .. import methods
     from ..quantize import formats
+    from ..schedule import ist
 
-    try:
-        if recipe.quantize is not None:
-            formats.parse(recipe.quantize)
-    except TunesmithError as error:
-        raise TunesmithError(f"{where[('quantize',)]}: {error}" if ("quantize",) in where else str(error)) from error
+    for key, parse in (("quantize", formats.parse), ("selection", ist.parse)):
+        try:
+            if (value := getattr(recipe, key)) is not None:
+                parse(value)
+        except TunesmithError as error:
+            raise TunesmithError(f"{where[(key,)]}: {error}" if (key,) in where else str(error)) from error
     try:
         methods.parse(recipe.method)
     except TunesmithError as error:
