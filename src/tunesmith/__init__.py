@@ -13,7 +13,7 @@ _HOMES = {
     "tunesmith.schedule": ["stages", "IST"],
     "tunesmith.methods.store": ["save", "load"],
     "tunesmith.methods": [
-        "adapt", "Method", "MethodInfo", "co_permuted", "density", "ranks", "few_shot", "AdaLoRA", "Bat", "BitFit", "Bone", "DoRA", "FourierFT", "Full", "HUT", "IA3", "ID3", "L4Q", "LinearProbe",
+        "adapt", "Method", "MethodInfo", "co_permuted", "density", "ranks", "few_shot", "AdaLoRA", "Bat", "BitFit", "Bone", "Combined", "DoRA", "FourierFT", "Full", "HUT", "IA3", "ID3", "L4Q", "LinearProbe",
         "LNTuning", "LoftQ", "LoRA", "MHR", "MiSS", "MoLA", "NeuroAda", "PaCA", "PEQA", "PiSSA", "Poly", "PrefixTuning", "PromptTuning", "QWHA", "RSLoRA", "S2FT", "S2LoRA", "SeriesAdapter", "SHiRA", "SketchTune", "SNELL", "SNELLA", "SoKA", "SPTAdapter", "SPTLoRA",
         "TransformedLoRA", "VeRA", "WaRA",
     ],

@@ -6,6 +6,7 @@ from types import ModuleType
 
 from .adalora import AdaLoRA, ranks
 from .bone import Bat, Bone, MiSS
+from .combined import Combined
 from .dora import DoRA
 from .fourierft import FourierFT
 from .full import BitFit, Full, LinearProbe, LNTuning

@@ -14,6 +14,7 @@ from ..engine.sites import Site, Targets, check_kind, find, float_dtype, matches
 from ..errors import TunesmithError, nearest
 from ..quantize import Format, PackedWeight
 from .peft_targets import exactly
+from .select import layers
 
 registry: dict[str, type["Method"]] = {}
 
@@ -42,6 +43,7 @@ class Method(BaseModel):
     default_lr: ClassVar[float] = 1e-3
 
     targets: Targets = Field("all-linear", description='"all-linear", a suffix or regex, a list of them, or a mapping pattern → overrides')
+    layers: list[int] | None = Field(None, description="numbers of the transformer layers to act in, from 0, or from -1 at the end; default: all")
     modules_to_save: list[str] = Field([], description="modules trained in full beside the adapter and saved with it, such as a new head; with them what is tied to them")
 
     @classmethod
@@ -192,7 +194,7 @@ def override(config: Method, fields: dict) -> Method:
         return config
     if "method" in fields:
         return parse(fields)
-    kept = config.model_dump(exclude={"targets", "modules_to_save"}, exclude_unset=True)
+    kept = config.model_dump(exclude={"targets", "layers", "modules_to_save"}, exclude_unset=True)
     return type(config)(**{**kept, **fields})
 
 
@@ -215,7 +217,7 @@ def adapt(
     model = unwrap(model)
     check_name(model, name)
     config = _with_tied(config, model)
-    chosen = config.select(model)
+    chosen = selected(config, model)
     configs = {path: override(config, overrides) for path, (_, overrides) in chosen.items()}
     for path, (site, overrides) in chosen.items():
         if "method" in overrides:
@@ -236,6 +238,26 @@ def adapt(
         for site in by_path.values():
             site.seen = {}
     return model
+
+
+def selected(config: Method, model: nn.Module) -> dict[str, tuple[Site, dict]]:
+    """What `config.select(model)` finds in the config's `layers`.
+
+    Raises `TunesmithError` for a layer that the model does not have, and for a method that acts on the whole model at once.
+    """
+    found = config.select(model)
+    if config.layers is None:
+        return found
+    places = layers(model)
+    if outside := [path for path in found if path not in places]:
+        raise TunesmithError(f"{config.method} acts on the whole of {outside[0] or type(model).__name__!r} and cannot be kept to some layers; leave layers out")
+    depth = max((depth for path, (_, _, depth) in places.items() if path in found), default=0)
+    if unknown := [number for number in config.layers if not -depth <= number < depth]:
+        raise TunesmithError(f"layers={config.layers}: {type(model).__name__} has {depth} layers, 0 to {depth - 1}, and no layer {unknown[0]}")
+    kept = {path: each for path, each in found.items() if {places[path][1], places[path][1] - places[path][2]} & set(config.layers)}
+    if not kept:
+        raise TunesmithError(f"layers={config.layers} leave {config.method} nothing to act on; name one layer at least")
+    return kept
 
 
 def _groups(configs: dict[str, Method]) -> dict[type, dict[str, Method]]:

@@ -1,0 +1,40 @@
+"""The tables of docs/leaderboard from what `tunesmith compare` measured.
+
+    python benchmarks/leaderboard.py runs/few-shot/compare.json few-shot
+    python benchmarks/leaderboard.py runs/whole/compare.json whole
+
+Writes docs/leaderboard/NAME.json and NAME.csv without the paths of runs, and the table between the marks NAME in README.md.
+"""
+
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parents[1] / "docs" / "leaderboard"
+KEPT = ("label", "method", "value", "spread", "trainable", "percent", "bytes", "train_s", "peak_mb")
+
+
+def main(source: str, name: str) -> None:
+    result = json.loads(Path(source).read_text(encoding="utf-8"))
+    rows = sorted(({key: row[key] for key in KEPT} | {"values": [run["value"] for run in row["runs"]]} for row in result["rows"]), key=lambda row: -row["value"])
+    about = {key: result[key] for key in ("base", "model", "task", "metric", "measured_on", "failures")}
+    (FOLDER / f"{name}.json").write_text(json.dumps(about | {"rows": rows}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with (FOLDER / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["method", result["metric"], "standard_deviation", "trainable", "train_s", "peak_mb"])
+        table.writerows([row["label"], row["value"], row["spread"], row["trainable"], row["train_s"], row["peak_mb"]] for row in rows)
+    lora = next(row["value"] for row in rows if row["method"].get("method") == "lora" and "init" not in row["method"])
+    lines = ["| method | accuracy | over LoRA | trained | training |", "|---|---|---|---|---|"]
+    for row in rows:
+        spread = f" ± {100 * row['spread']:.1f}" if row["spread"] is not None else ""
+        lines.append(f"| {row['label']} | {100 * row['value']:.1f}{spread} | {100 * (row['value'] - lora):+.1f} | {row['trainable']:,} | {row['train_s']:.0f} s |")
+    page = FOLDER / "README.md"
+    text = page.read_text(encoding="utf-8")
+    block = f"<!-- {name} -->\n" + "\n".join(lines) + f"\n<!-- end of {name} -->"
+    page.write_text(re.sub(rf"<!-- {name} -->.*?<!-- end of {name} -->", lambda _: block, text, flags=re.S), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,84 @@
+"""Several methods as one, and methods kept to some layers."""
+
+import pytest
+import torch
+
+import tunesmith as ts
+from tests import tiny
+from tests.contract.zoo import inputs, logits, stir, train
+from tunesmith.engine.model import adapters, hubs
+
+PARTS = [{"method": "lora", "rank": 2}, {"method": "series-adapter", "bottleneck": 3}, {"method": "prefix-tuning", "tokens": 2}, "ln-tuning"]
+
+
+def build(kind="llama"):
+    return tiny.BUILDERS[kind]()
+
+
+def test_parts_act_as_they_would_side_by_side():
+    batch, one, two = inputs("llama"), build(), build()
+    ts.adapt(one, {"method": "combined", "parts": PARTS[:2]})
+    for i, part in enumerate(PARTS[:2]):
+        ts.adapt(two, part, name=f"part{i}")
+    ts.activate(two, ["part0", "part1"])
+    stir(one)
+    with torch.no_grad():
+        for path, layer in adapters(one, "default").items():
+            for i, adapter in layer.parts.items():
+                adapters(two, f"part{i}")[path].load_state_dict(adapter.state_dict())
+    torch.testing.assert_close(logits(one, batch), logits(two, batch))
+    assert ts.summary(one).trainable == ts.summary(two).trainable
+
+
+def test_all_kinds_of_parts_train_and_come_back_from_a_file(tmp_path):
+    model, batch = build(), inputs("llama")
+    ts.adapt(model, {"method": "combined", "parts": PARTS, "layers": None})
+    before = logits(model, batch)
+    losses = train(model, batch, 4)
+    assert losses[-1] < losses[0]
+    after = logits(model.eval(), batch)
+    assert not torch.equal(after, before)
+    ts.save(model, tmp_path / "a")
+    torch.testing.assert_close(logits(ts.load(build(), tmp_path / "a"), batch), after)
+    with pytest.raises(ts.TunesmithError, match="cannot be merged"):
+        ts.merge(model)
+
+
+def test_rates_keep_their_ratio():
+    model = ts.adapt(build(), {"method": "combined", "parts": ["lora", "ln-tuning"]})
+    groups = {group["lr"] for group in ts.methods.parse({"method": "combined", "parts": ["lora", "ln-tuning"]}).param_groups(adapters(model, "default"), 2e-3)}
+    assert groups == {2e-3, 4e-3}
+
+
+@pytest.mark.parametrize(
+    ("parts", "match"),
+    [
+        (["combined"], "a part of combined is one method"),
+        (["lorra"], "unknown method 'lorra'"),
+        (["adalora"], "adalora changes while it trains"),
+        ([], "parts"),
+        ([{"method": "lora", "modules_to_save": ["lm_head"]}], "modules_to_save stand beside"),
+    ],
+)
+def test_parts_that_cannot_be_are_named(parts, match):
+    with pytest.raises(ts.TunesmithError, match=match):
+        ts.methods.parse({"method": "combined", "parts": parts})
+
+
+@pytest.mark.parametrize(("layers", "numbers"), [([0], {0}), ([-1], {1}), ([0, 1], {0, 1})])
+def test_layers(layers, numbers):
+    for method in ("lora", "series-adapter", {"method": "combined", "parts": ["lora", "series-adapter"]}):
+        method = {"method": method} if isinstance(method, str) else method
+        model = ts.adapt(build(), method | {"layers": layers})
+        assert {int(path.split(".")[2]) for path in hubs(model)} == numbers
+    model = ts.adapt(build(), {"method": "combined", "parts": ["lora", {"method": "ln-tuning", "layers": [1]}]})
+    assert {int(path.split(".")[2]) for path in hubs(model) if "layernorm" in path} == {1}
+    assert {int(path.split(".")[2]) for path in hubs(model) if "proj" in path} == {0, 1}
+
+
+def test_layers_that_are_not_there_are_named():
+    for layers, match in (([2], "has 2 layers, 0 to 1, and no layer 2"), ([], "leave lora nothing")):
+        with pytest.raises(ts.TunesmithError, match=match):
+            ts.adapt(build(), {"method": "lora", "layers": layers})
+    with pytest.raises(ts.TunesmithError, match="prompt-tuning acts on the whole of"):
+        ts.adapt(build(), {"method": "prompt-tuning", "layers": [0]})
