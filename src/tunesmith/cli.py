@@ -336,6 +336,54 @@ def compare(
         raise typer.Exit(1)
 
 
+@app.command()
+def search(
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="A recipe, and recipe keys.", show_default=False)] = None,
+    recipe: Annotated[Path | None, typer.Option(help="The recipe, if not the first argument.")] = None,
+    data: Annotated[str | None, typer.Option(help="Training data.")] = None,
+    eval: Annotated[str | None, typer.Option(help="Evaluation data.")] = None,
+    model: Annotated[str | None, typer.Option(help="minilm, smollm2-135m, a hub id or a folder.")] = None,
+    output: Annotated[str, typer.Option(help="Folder of the front, the page, the trials and the database.")] = "runs/search",
+    space: Annotated[Path | None, typer.Option(help="YAML of the search space; default: adapters, prefixes and LoRA of many sizes, in any layers.")] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Finished trials of all workers together.")] = 60,
+    startup: Annotated[int, typer.Option(min=1, help="Random trials before the guided ones.")] = 20,
+    cost: Annotated[str, typer.Option(help="What is weighed against the metric: trainable, train_s or peak_mb.")] = "trainable",
+    storage: Annotated[str | None, typer.Option(help="Database URL that workers share, such as postgresql+psycopg://...; default: an SQLite file in the output.")] = None,
+    fidelity: Annotated[list[str] | None, typer.Option(help="A recipe key that is otherwise in the trials, e.g. limit=1000.", metavar="KEY=VALUE")] = None,
+    warm_start: Annotated[Path | None, typer.Option(help="Output of an earlier search, whose front is tried first.")] = None,
+    random: Annotated[bool, typer.Option("--random", help="Random search, to compare with.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the proposals.")] = 0,
+    as_json: AsJson = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors.")] = False,
+):
+    """Search for the modules, sizes and layers that are good and cheap on a task; run it again, anywhere, for more workers.
+
+    \b
+    Example: tunesmith search --data tickets.csv --model minilm --trials 40 epochs=2
+    """
+    from .train import recipe as recipes
+
+    file, overrides = _recipe_and_overrides(arguments or [], recipe)
+    flags = {"data": data, "eval": eval, "model": model}
+    base = recipes.load(file, overrides, flags)
+    low = recipes.load(file, [*overrides, *(fidelity or [])], flags)
+
+    from .search.search import search as run_all
+    from .search.space import load
+
+    def tell(event):
+        if not (quiet or as_json):
+            typer.echo(f"{event['done']:4d}/{event['total']}  {event['metric']} {event['value']:.4f}  {event['cost']:,.4g}  {event['text']}", err=True)
+
+    found = run_all(base, output, load(space), trials, startup, cost, storage, low.model_dump(mode="json", exclude_unset=True) if fidelity else None, warm_start, random, seed, tell)
+    if as_json:
+        return _print_json(found)
+    if not quiet:
+        rows = [[r["text"], f"{r['value']:.4f}", f"{r['trainable']:,}", f"{r['train_s']:.0f}"] for r in sorted(found["trials"], key=lambda r: r[cost]) if r["front"]]
+        _table(["front", found["metric"], "trained", "seconds"], rows, right=(1, 2, 3))
+        typer.echo(f"open {Path(output) / 'search.html'}; recipes in {Path(output) / 'front'}")
+
+
 def _rate(text: str) -> float | str:
     return f"{float(text[:-1])}x" if text.endswith("x") else float(text)
 

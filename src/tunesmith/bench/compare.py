@@ -221,6 +221,11 @@ def _train(recipe: dict, tell: Callable[[dict], None], jobs: int, children: set)
     return failure
 
 
+def train_in_child(recipe: dict) -> str | None:
+    """Train in a process of its own, going on where a run of the same recipe stopped; the reason where it failed."""
+    return _train(recipe, lambda event: None, 1, set())
+
+
 def _measures(run: dict) -> dict:
     summary, metric = run["summary"], run["summary"]["metric"]
     value = summary["test"][metric] if summary.get("test") else summary["best"]

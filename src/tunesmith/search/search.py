@@ -1,0 +1,172 @@
+"""Trials of configurations by any number of workers that share one database, and the front they find."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .. import data, models
+from ..bench.compare import pareto, train_in_child
+from ..data import tasks
+from ..errors import TunesmithError, nearest
+from ..files import atomic_write
+from ..methods.select import layers
+from ..train import recipe as recipes
+from ..train.recipe import Recipe
+from . import page
+from .sampler import HypervolumeSampler, names
+from .space import Point, Space
+
+COSTS = {"trainable": "trained parameters", "train_s": "training time in s", "peak_mb": "peak memory in MB"}
+HEARTBEAT, GRACE = 20, 60  # seconds between a worker's signs of life, and after which one without is taken for dead
+
+
+def search(
+    base: Recipe | dict,
+    output: str | Path,
+    space: Space | None = None,
+    trials: int = 60,
+    startup: int = 20,
+    cost: str = "trainable",
+    storage: str | None = None,
+    fidelity: dict | None = None,
+    warm_start: str | Path | None = None,
+    random: bool = False,
+    seed: int = 0,
+    progress: Callable[[dict], None] | None = None,
+) -> dict:
+    """Search `space` for configurations that are good and cheap on what the recipe `base` says, and write the front to `output`.
+
+    trials: finished ones of all workers together; a worker is whoever runs the same command, here or elsewhere. startup: random
+    ones among them. cost: trainable, train_s or peak_mb; its logarithm is minimised. storage: a database URL; default: an SQLite
+    file in `output`. fidelity: recipe keys that are otherwise in the trials, such as {"limit": 1000}; the front's recipes have
+    the recipe's own. warm_start: `output` of an earlier search of the same space, whose front is tried first. random: random
+    search, to compare with. progress: told of {"event": "trial", ...}.
+
+    Trials of workers that were killed are taken up again, from their last checkpoint where the folder is at hand. Writes
+    search.json, search.html and front/*.yaml. Returns what search.json holds.
+    Raises `TunesmithError` for bad input, a database that cannot be reached, and a study of another recipe or space.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    space, output, tell = space or Space(), Path(output), progress or (lambda event: None)
+    if cost not in COSTS:
+        raise TunesmithError(f"there is no cost {cost!r}{nearest(cost, COSTS)}; there are {', '.join(COSTS)}")
+    if isinstance(base, Recipe):
+        base = base.model_dump(mode="json", exclude_unset=True)
+    base = {key: value for key, value in base.items() if key not in ("method", "output")}
+    tried = {key: value for key, value in (base | (fidelity or {})).items() if key != "test"}
+    recipes.check(base), recipes.check(tried)
+    metric, higher, depth = _facts(recipes.check(tried))
+    sampler = HypervolumeSampler(space, depth, math.inf if random else startup, seed)
+    output.mkdir(parents=True, exist_ok=True)
+    study = _study(storage or f"sqlite:///{output.resolve() / 'study.db'}", sampler, higher)
+    about = json.dumps({"recipe": tried, "space": space.model_dump(), "cost": cost, "depth": depth}, sort_keys=True)
+    if study.user_attrs.get("about") not in (None, about):
+        raise TunesmithError(f"the study in {storage or output} is of another recipe, space or cost; choose another output or database")
+    study.set_user_attr("about", about)
+    if warm_start and not study.trials:
+        for point in _front_of(warm_start, space, depth):
+            study.enqueue_trial(sampler.params(point))
+
+    def objective(trial: optuna.Trial):
+        point: Point = tuple(trial.suggest_int(name, 0, count - 1) for name, count in zip(names(space, depth), space.choices(depth), strict=True))
+        found = _measured(tried, space, point, output, metric)
+        for key, value in found.items():
+            trial.set_user_attr(key, value)
+        done = sum(t.state == optuna.trial.TrialState.COMPLETE for t in study.get_trials(deepcopy=False)) + 1
+        tell({"event": "trial", "done": done, "total": trials, "text": space.text(point), "metric": metric, "value": found["value"], "cost": found[cost]})
+        return found["value"], math.log10(max(found[cost], 1e-9))
+
+    complete = (optuna.trial.TrialState.COMPLETE,)
+    if sum(t.state in complete for t in study.trials) < trials:
+        study.optimize(objective, callbacks=[optuna.study.MaxTrialsCallback(trials, states=complete)], catch=(TrialFailed,))
+    return _report(study, sampler, space, base, output, cost, metric, higher)
+
+
+class TrialFailed(Exception):
+    """A configuration that could not be trained."""
+
+
+def _facts(recipe: Recipe) -> tuple[str, bool, int]:
+    """(metric, whether more of it is better, transformer layers of the model)."""
+    rows = data.load(recipe.data, recipe.split, recipe.limit)
+    task = tasks.get(recipe.task or tasks.guess(rows))
+    labels = task.labels(rows, task.columns(rows, recipe.columns))
+    model, _ = models.load(recipe.model, task.name, labels)
+    return task.metric, task.higher_is_better, max(depth for _, _, depth in layers(model).values())
+
+
+def _study(url: str, sampler: HypervolumeSampler, higher: bool):
+    import optuna
+    import sqlalchemy
+
+    options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    try:
+        storage = optuna.storages.RDBStorage(
+            url, engine_kwargs=options, heartbeat_interval=HEARTBEAT, grace_period=GRACE, failed_trial_callback=optuna.storages.RetryFailedTrialCallback()
+        )
+        return optuna.create_study(study_name="tunesmith", storage=storage, directions=["maximize" if higher else "minimize", "minimize"], sampler=sampler, load_if_exists=True)
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError, ModuleNotFoundError) as error:
+        raise TunesmithError(f"cannot use the database {_without_password(url)}: {str(error).splitlines()[0]}") from error
+
+
+def _without_password(url: str) -> str:
+    import sqlalchemy
+
+    try:
+        return sqlalchemy.make_url(url).render_as_string(hide_password=True)
+    except sqlalchemy.exc.ArgumentError:
+        return repr(url)
+
+
+def _measured(tried: dict, space: Space, point: Point, output: Path, metric: str) -> dict[str, Any]:
+    """What training one configuration gives, in a folder of its own where a killed run goes on."""
+    method = space.method(point)
+    name = hashlib.sha256(json.dumps([tried, method], sort_keys=True).encode()).hexdigest()[:16]
+    folder = output / "trials" / name
+    if not (folder / "summary.json").exists():
+        failure = train_in_child(tried | {"method": method, "output": str(folder)})
+        if failure:
+            raise TrialFailed(failure)
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return {
+        "value": summary["best"], "trainable": summary["params"]["trainable"], "percent": summary["params"]["percent"], "train_s": summary["train_s"],
+        "peak_mb": summary["peak_mb"], "method": method, "text": space.text(point), "folder": f"trials/{name}",
+    }  # fmt: skip
+
+
+def _front_of(folder: str | Path, space: Space, depth: int) -> list[Point]:
+    try:
+        found = json.loads((Path(folder) / "search.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TunesmithError(f"{folder} holds no finished search to start from: search.json is missing or damaged") from error
+    points = [tuple(row["point"]) for row in found["trials"] if row["front"]]
+    if found["space"] != space.model_dump() or any(len(point) != len(space.choices(depth)) for point in points):
+        raise TunesmithError(f"the search in {folder} is of another space, or of a model of another depth")
+    return points
+
+
+def _report(study, sampler: HypervolumeSampler, space: Space, base: dict, output: Path, cost: str, metric: str, higher: bool) -> dict:
+    import optuna
+
+    finished = [t for t in study.get_trials(deepcopy=False) if t.state == optuna.trial.TrialState.COMPLETE]
+    front = pareto([(t.user_attrs[cost], t.user_attrs["value"] if higher else -t.user_attrs["value"]) for t in finished])
+    rows = [{"number": t.number, "point": list(sampler.point(t.params)), "front": i in front, **t.user_attrs} for i, t in enumerate(finished)]
+    failed = sum(t.state == optuna.trial.TrialState.FAIL for t in study.trials)
+    result = {"recipe": base, "space": space.model_dump(), "metric": metric, "higher_is_better": higher, "cost": cost, "failed": failed, "trials": rows}
+    for place, i in enumerate(front):
+        row = rows[i]
+        text = f"# {row['text']}: {metric} {row['value']:.4f}, {row['trainable']:,} trained parameters\n"
+        atomic_write(output / "front" / f"{place:02d}.yaml", text + yaml.safe_dump(base | {"method": row["method"]}, sort_keys=False, allow_unicode=True))
+    for old in (output / "front").glob("*.yaml"):
+        if int(old.stem) >= len(front):
+            old.unlink()
+    atomic_write(output / "search.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    atomic_write(output / "search.html", page.html(result))
+    return result
