@@ -1,3 +1,4 @@
 """Optimisers over a model's adapters."""
 
 from .build import build
+from .galore import GaLore, NaturalGaLore, shape_bytes, state_bytes
