@@ -13,9 +13,9 @@ _HOMES = {
     "tunesmith.schedule": ["stages", "IST"],
     "tunesmith.methods.store": ["save", "load"],
     "tunesmith.methods": [
-        "adapt", "Method", "MethodInfo", "co_permuted", "density", "ranks", "few_shot", "AdaLoRA", "Bat", "BitFit", "Bone", "Combined", "DoRA", "FourierFT", "Full", "HUT", "IA3", "ID3", "L4Q", "LinearProbe",
-        "LNTuning", "LoftQ", "LoRA", "MHR", "MiSS", "MoLA", "NeuroAda", "PaCA", "PEQA", "PiSSA", "Poly", "PrefixTuning", "PromptTuning", "QWHA", "RSLoRA", "S2FT", "S2LoRA", "SeriesAdapter", "SHiRA", "SketchTune", "SNELL", "SNELLA", "SoKA", "SPTAdapter", "SPTLoRA",
-        "TransformedLoRA", "VeRA", "WaRA",
+        "adapt", "Method", "MethodInfo", "co_permuted", "density", "ranks", "few_shot", "AdaLoRA", "Bat", "BitFit", "Bone", "Combined", "Convpass", "DoRA", "FacTTK", "FacTTT", "FourierFT", "Full", "HUT", "IA3", "ID3", "L4Q", "LinearProbe",
+        "LNTuning", "LoftQ", "LoRA", "MHR", "MiSS", "MoLA", "NeuroAda", "PaCA", "ParallelAdapter", "PEQA", "PiSSA", "Poly", "PrefixTuning", "PromptTuning", "QWHA", "RepAdapter", "RSLoRA", "S2FT", "S2LoRA", "SeriesAdapter", "SHiRA", "SketchTune", "SNELL", "SNELLA", "SoKA", "SPTAdapter", "SPTLoRA", "SSF",
+        "TransformedLoRA", "VeRA", "VPT", "WaRA",
     ],
 }  # fmt: skip
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}

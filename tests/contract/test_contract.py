@@ -12,7 +12,7 @@ from tunesmith.engine.model import adapters, hubs
 from tunesmith.engine.pack import packed_size
 from tunesmith.methods import registry
 
-from .zoo import CANNOT, CHOOSY, GIVEN, MODELS, PAIRS, adapt, build, inputs, logits, loss, same, stir, train
+from .zoo import CANNOT, CHOOSY, GIVEN, HOME, IMAGES, MODELS, PAIRS, adapt, build, inputs, logits, loss, same, stir, train
 
 pairs = pytest.mark.parametrize("method,kind", PAIRS)
 methods = pytest.mark.parametrize("method", list(registry))
@@ -153,7 +153,7 @@ def test_every_layer_type_works_or_is_refused_by_name(method, layer):
     kind, path = KINDS[layer]
     model, batch = build(kind), inputs(kind)
     before = logits(model, batch)
-    if "tokens" in registry[method].works_on and "linear" not in registry[method].works_on:
+    if method in IMAGES or ("tokens" in registry[method].works_on and "linear" not in registry[method].works_on):
         with pytest.raises(ts.TunesmithError, match="targets"):
             adapt(model, method, targets=[path])
         return
@@ -245,7 +245,7 @@ def test_plain_expressions_have_the_same_gradients(method, kind, monkeypatch):
 
 @pytest.mark.parametrize("method", [m for m in registry])
 def test_compiles(method):
-    kind = "gpt2" if method == "bitfit" else "llama"
+    kind = HOME.get(method, "llama")
     model, batch = MODELS[kind](layers=1), inputs(kind)
     stir(adapt(model, method))
     expected = logits(model, batch)
@@ -275,7 +275,7 @@ def test_deepcopy_and_pickle(method, kind):
 
 @pytest.mark.parametrize("method", [m for m in registry if m not in CHOOSY | {"prompt-tuning", "prefix-tuning"}])
 def test_counts_on_the_meta_device_and_loads_there(method, tmp_path):
-    kind = "gpt2" if method == "bitfit" else "llama"
+    kind = HOME.get(method, "llama")
     real = stir(adapt(build(kind), GIVEN.get(method, method)))
     ts.save(real, tmp_path / "a")
     with torch.device("meta"):
@@ -292,7 +292,7 @@ def test_counts_on_the_meta_device_and_loads_there(method, tmp_path):
 
 @methods
 def test_tied_weights_stay_tied_and_merge_unties(method):
-    if method in ("bitfit", "prompt-tuning", "prefix-tuning"):
+    if method in IMAGES | {"bitfit", "prompt-tuning", "prefix-tuning"}:
         pytest.skip("acts on no weight that is tied")
     from tests.tiny import tiny_llama
 

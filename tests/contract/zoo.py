@@ -18,19 +18,28 @@ def attention_net(hidden=16):
 
 MODELS = {**tiny.BUILDERS, "attention": attention_net}
 
+# Methods for image models alone, and where methods are tried that a language model has no place for.
+IMAGES = {"convpass", "vpt"}
+HOME = {"bitfit": "gpt2", **dict.fromkeys(IMAGES, "vit")}
+
 # Pairs that end in one clear sentence instead of an adapter.
 CANNOT = {
     "bitfit": {"llama", "t5"},
+    "fact-tk": {"convnet"},
+    "fact-tt": {"convnet"},
     "l4q": {"convnet"},
     "mhr": {"convnet"},
     "mola": {"convnet"},
+    "parallel-adapter": {"convnet"},
     "peqa": {"convnet"},
     "sketchtune": {"convnet"},
     "prompt-tuning": {"vit", "convnet", "attention"},
     "prefix-tuning": {"vit", "convnet", "attention", "t5"},
+    "repadapter": {"convnet"},
     "series-adapter": {"convnet"},
     "spt-adapter": {"convnet"},
     "wara": {"convnet"},
+    **dict.fromkeys(IMAGES, MODELS.keys() - {"vit"}),
 }
 
 # Sizes that a method otherwise reads off the weights.

@@ -7,7 +7,9 @@ from types import ModuleType
 from .adalora import AdaLoRA, ranks
 from .bone import Bat, Bone, MiSS
 from .combined import Combined
+from .convpass import Convpass
 from .dora import DoRA
+from .fact import FacTTK, FacTTT
 from .fourierft import FourierFT
 from .full import BitFit, Full, LinearProbe, LNTuning
 from .hut import HUT
@@ -21,10 +23,12 @@ from .mhr import MHR, Poly, few_shot
 from .mola import MoLA
 from .neuroada import NeuroAda
 from .paca import PaCA
+from .parallel_adapter import ParallelAdapter
 from .peqa import PEQA
 from .prefix_tuning import PrefixTuning
 from .prompt_tuning import PromptTuning
 from .qwha import QWHA
+from .repadapter import RepAdapter
 from .s2_lora import S2LoRA
 from .s2ft import S2FT, co_permuted
 from .series_adapter import SeriesAdapter
@@ -34,8 +38,10 @@ from .snell import SNELL, density
 from .snella import SNELLA
 from .soka import SoKA
 from .spt import SPTAdapter, SPTLoRA
+from .ssf import SSF
 from .transformed_lora import TransformedLoRA
 from .vera import VeRA
+from .vpt import VPT
 from .wara import WaRA
 
 

@@ -2,64 +2,101 @@
 
 from typing import Literal
 
+import torch
 from pydantic import Field, PositiveInt
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..engine.adapter import Adapter
-from ..engine.sites import Site, Targets
+from ..engine.sites import Site, Targets, check_kind, sites
 from .method import Dropout, Method, empty
-from .select import mlp_outputs
-
-ACTIVATIONS = {"tanh": F.tanh, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+from .select import coupled, mlp_outputs
 
 
-class SeriesAdapterLayer(Adapter):
-    """after: y = h + s·U f(D h), h = base(x); before: y = base(x + s·U f(D x)). D (b, d), U (d, b)."""
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
 
-    def __init__(self, config: "SeriesAdapter", site: Site, before: bool):
+
+ACTIVATIONS = {"tanh": F.tanh, "relu": F.relu, "gelu": F.gelu, "quick-gelu": quick_gelu, "silu": F.silu}
+
+
+class Bottleneck(Adapter):
+    """`branch(h)` = s·(U f(D h + d) + u) on the last dimension, D (b, in), U (out, b); d (b,), u (out,) only where `bias` is set."""
+
+    def __init__(self, config: "BottleneckMethod", site: Site, inputs: int, outputs: int):
         super().__init__()
-        self.before, self.scale, self.dropout, self.act = before, config.scale, config.dropout, ACTIVATIONS[config.activation]
-        d = site.in_features if before else site.out_features
-        self.down, self.up = empty(config.bottleneck, d, like=site.parameter), empty(d, config.bottleneck, like=site.parameter)
+        self.scale, self.dropout, self.act = config.scale, config.dropout, ACTIVATIONS[config.activation]
+        self.down, self.up = empty(config.bottleneck, inputs, like=site.parameter), empty(outputs, config.bottleneck, like=site.parameter)
         if config.init == "bert":
             nn.init.normal_(self.down, std=0.02)
             nn.init.normal_(self.up, std=0.02)
         else:
             nn.init.kaiming_uniform_(self.down, a=5**0.5)
             nn.init.zeros_(self.up)
+        self.down_bias = nn.init.zeros_(empty(config.bottleneck, like=site.parameter)) if config.bias else None
+        self.up_bias = nn.init.zeros_(empty(outputs, like=site.parameter)) if config.bias else None
 
-    def change(self, h):
-        z = F.linear(F.dropout(h, self.dropout, self.training), self.down.to(h.dtype))
-        return h + self.scale * F.linear(self.act(z), self.up.to(h.dtype))
-
-    def forward(self, base, x, *args, **kwargs):
-        return base(self.change(x), *args, **kwargs) if self.before else self.change(base(x, *args, **kwargs))
+    def branch(self, h: Tensor) -> Tensor:
+        d, u = (None if v is None else v.to(h.dtype) for v in (self.down_bias, self.up_bias))
+        z = F.linear(F.dropout(h, self.dropout, self.training), self.down.to(h.dtype), d)
+        return self.scale * F.linear(self.act(z), self.up.to(h.dtype), u)
 
 
-class SeriesAdapter(Method):
-    """Series adapter of LLM-Adapters (Hu et al. 2023, arXiv 2304.01933, eq. 2), without biases or norms.
+class BottleneckMethod(Method):
+    """What the methods with a bottleneck have in common."""
 
-    By default one adapter follows the last linear layer of each feed-forward block, the placement of the published
-    parameter counts. `place="auto"` puts it before a layer that widens and after any other, as the authors' code
-    does. The library's start is U = 0 (identity); `init="bert"` is the authors' N(0, 0.02²), not an identity.
-    """
-
-    method, family, title, paper = "series-adapter", "adapter", "Series bottleneck adapter", "arXiv:2304.01933"
+    family = "adapter"
     mergeable = False
-    quantized_base_ok = True
-    default_lr = 1e-3
 
     targets: Targets = "default"
     bottleneck: PositiveInt = 64
-    activation: Literal["tanh", "relu", "gelu", "silu"] = "tanh"
+    activation: Literal["tanh", "relu", "gelu", "quick-gelu", "silu"] = "tanh"
     scale: float = Field(1.0, gt=0)
     dropout: Dropout = 0.0
-    place: Literal["auto", "before", "after"] = "auto"
+    bias: bool = False
     init: Literal["zero", "bert"] = "zero"
 
+    def cost(self, inputs: int, outputs: int) -> int:
+        """Parameters of a bottleneck between so many inputs and outputs."""
+        return self.bottleneck * (inputs + outputs) + (self.bottleneck + outputs if self.bias else 0)
+
+
+class SeriesAdapterLayer(Bottleneck):
+    """after: y = h + branch(h), h = base(x); before: y = base(x + branch(x)). D (b, d), U (d, b)."""
+
+    def __init__(self, config: "SeriesAdapter", site: Site, before: bool):
+        d = site.in_features if before else site.out_features
+        super().__init__(config, site, d, d)
+        self.before = before
+
+    def forward(self, base, x, *args, **kwargs):
+        if self.before:
+            return base(x + self.branch(x), *args, **kwargs)
+        h = base(x, *args, **kwargs)
+        return h + self.branch(h)
+
+
+class SeriesAdapter(BottleneckMethod):
+    """Series adapter of LLM-Adapters (Hu et al. 2023, arXiv 2304.01933, eq. 2), without norms.
+
+    `placement` says where, unless `targets` names layers: "pfeiffer" (Pfeiffer et al. 2021, arXiv 2005.00247) puts one adapter
+    behind the last linear layer of each feed-forward block, the placement of the published parameter counts, "houlsby" (Houlsby
+    et al. 2019, arXiv 1902.00751) one more behind the attention's output projection. Both are before the residual is added; in
+    those papers they have biases (`bias=True`), and Houlsby's norms train too (`combined` with `ln-tuning`). `place="auto"` puts the adapter before a layer that widens and after any other, as the
+    authors' code does. The library's start is U = 0 (identity); `init="bert"` is the authors' N(0, 0.02²), not an identity.
+    """
+
+    method, title, paper = "series-adapter", "Series bottleneck adapter", "arXiv:2304.01933"
+
+    placement: Literal["pfeiffer", "houlsby"] = "pfeiffer"
+    place: Literal["auto", "before", "after"] = "auto"
+
     def default(self, model):
-        return mlp_outputs(model)
+        outputs = [c.outer for c in coupled(model) if c.kind == "heads"] if self.placement == "houlsby" else []
+        known = sites(model)
+        for site in outputs:
+            check_kind(site, self.works_on, self.method, known)
+        return outputs + mlp_outputs(model)
 
     def _before(self, site: Site) -> bool:
         return self.place == "before" or (self.place == "auto" and site.out_features > site.in_features)
@@ -68,4 +105,5 @@ class SeriesAdapter(Method):
         return SeriesAdapterLayer(self, site, self._before(site))
 
     def count(self, site):
-        return 2 * self.bottleneck * (site.in_features if self._before(site) else site.out_features)
+        d = site.in_features if self._before(site) else site.out_features
+        return self.cost(d, d)
