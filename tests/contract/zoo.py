@@ -39,7 +39,7 @@ CANNOT = {
     "series-adapter": {"convnet"},
     "spt-adapter": {"convnet"},
     "wara": {"convnet"},
-    **dict.fromkeys(IMAGES, MODELS.keys() - {"vit"}),
+    **dict.fromkeys(sorted(IMAGES), MODELS.keys() - {"vit"}),
 }
 
 # Sizes that a method otherwise reads off the weights.
