@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from tests.golden.cases import names, read
 from tunesmith import TunesmithError
 from tunesmith.lab.cost import cost
-from tunesmith.lab.fp4 import FP4, FP4Linear, convert, linear, product, quantise, steps, through
+from tunesmith.lab.fp4 import FP4, FP4Linear, convert, draw_signs, linear, product, quantise, steps, through, turn
+from tunesmith.quantize.floats import e2m1
 
 CASES = {name: read("fp4-training", name) for name in names("fp4-training")}
 
@@ -50,10 +51,35 @@ def test_turning_both_operands_changes_nothing_but_the_rounding(monkeypatch):
     from tunesmith.lab import fp4
 
     a, b = torch.randn(4, 50, dtype=torch.float64), torch.randn(6, 50, dtype=torch.float64)
-    turned = product(a, b, FP4(hadamard="both"), True, (False, False), noise())
-    assert not torch.allclose(turned, a @ b.T, rtol=1e-3)
+    config = FP4(hadamard="both")
+    signs = draw_signs(50, config, noise())
+    assert not torch.allclose(product(a, b, config, signs, (False, False), noise()), a @ b.T, rtol=1e-3)
     monkeypatch.setattr(fp4, "quantise", lambda x, config, generator=None: x)
-    assert torch.allclose(product(a, b, FP4(hadamard="both"), True, (False, False), noise()), a @ b.T)
+    assert torch.allclose(product(a, b, config, signs, (False, False), noise()), a @ b.T)
+
+
+@pytest.mark.parametrize("hadamard", ["none", "forward"])
+def test_the_gradient_of_a_scale_is_taken_where_it_is_quantised(hadamard):
+    x, W, g = torch.randn(4, 50, dtype=torch.float64, requires_grad=True), torch.randn(6, 50, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
+    config = FP4(scale="e5m3", hadamard=hadamard, estimator="scale")
+    linear(x, W, None, config, noise()).backward(g)
+    signs = draw_signs(50, config, noise()) if hadamard == "forward" else None
+    again = x.detach().clone().requires_grad_()
+    blocks = F.pad(z := turn(again, signs, config.h), (0, -z.shape[1] % 32)).unflatten(1, (-1, 32))
+    exact = blocks.abs().amax(-1, keepdim=True) / 6
+    step = exact + (steps(blocks, config) - exact).detach()
+    v = blocks / step
+    f = ((v + (e2m1(v) - v).detach()) * step).flatten(1)[:, : z.shape[1]]
+    (f * turn(product(g, W.T, config, None, (False, False), noise()), signs, config.h)).sum().backward()
+    torch.testing.assert_close(x.grad, again.grad)
+
+
+def test_products_of_bfloat16_are_computed_in_float32():
+    x, W, config = torch.randn(5, 64).bfloat16().requires_grad_(), torch.randn(6, 64).bfloat16().requires_grad_(), FP4(scale="e4m3", tensor_scale=True)
+    y = linear(x, W, None, config, noise())
+    y.sum().backward()
+    assert torch.equal(y, linear(x.float(), W.float(), None, config, noise()).bfloat16())
+    assert x.grad.dtype == W.grad.dtype == y.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("config", [FP4(), FP4(scale="e4m3"), FP4(scale="e4m3", tensor_scale=True), FP4(scale="e5m3"), FP4(mode="rceil"), FP4(scale="e5m3", tensor_scale=True, block=8)])

@@ -56,7 +56,7 @@ class FP4(BaseModel):
         form = {"e8m0": "MXFP4", "e4m3": "NVFP4", "e5m3": "UE5M3"}[self.scale]
         parts = [form if self.block is None else f"{form} k={self.block}"]
         parts += [self.mode] * (self.mode != "floor") + ["tensor scale"] * self.tensor_scale
-        parts += [f"H {self.hadamard}"] * (self.hadamard != "none") + [f"SR {''.join(self.stochastic)}"] * bool(self.stochastic)
+        parts += [f"H{'' if self.h == 16 else self.h} {self.hadamard}"] * (self.hadamard != "none") + [f"SR {''.join(self.stochastic)}"] * bool(self.stochastic)
         return " + ".join(parts + [self.estimator] * (self.estimator != "ste"))
 
 
@@ -94,7 +94,7 @@ def through(x: Tensor, gradient: Tensor, config: FP4, step: Tensor | None = None
     blocks, g = _blocks(x, config.size), _blocks(gradient, config.size)
     v = blocks / (steps(blocks, config) if step is None else step)
     if config.estimator == "dge":
-        size = v.abs().clamp(max=floats.LARGEST)
+        size = v.abs().clamp(max=floats.LARGEST)  # what is clipped counts as the largest value
         levels = torch.tensor(floats.E2M1[:8], dtype=v.dtype, device=v.device)
         i = torch.bucketize(size, levels, right=True).clamp(1, 7)
         u = (size - levels[i - 1]) / (levels[i] - levels[i - 1])
@@ -107,36 +107,58 @@ def through(x: Tensor, gradient: Tensor, config: FP4, step: Tensor | None = None
     return g.flatten(1)[:, : x.shape[1]]
 
 
-def product(a: Tensor, b: Tensor, config: FP4, turned: bool, random: tuple[bool, bool], generator: torch.Generator) -> Tensor:
-    """a bᵀ of a (m, n) and b (l, n), both quantised along n, after a turn by the same random signs and Hadamard matrix if `turned`."""
-    if turned:
-        pad = (0, -a.shape[1] % config.h)
-        signs = torch.randint(0, 2, (a.shape[1] + pad[1],), generator=generator, device=a.device).to(a) * 2 - 1
-        a, b = (transform((F.pad(t, pad) * signs).unflatten(1, (-1, config.h))).flatten(1) / config.h**0.5 for t in (a, b))
+def draw_signs(n: int, config: FP4, generator: torch.Generator) -> Tensor:
+    """Random ±1 for n numbers, filled up to whole Hadamard matrices."""
+    return torch.randint(0, 2, (n + -n % config.h,), generator=generator, device=generator.device, dtype=torch.float32) * 2 - 1
+
+
+def _hadamard(x: Tensor, h: int) -> Tensor:
+    return transform(x.unflatten(1, (-1, h))).flatten(1) / h**0.5
+
+
+def turn(x: Tensor, signs: Tensor | None, h: int) -> Tensor:
+    """x (m, n), filled up with zeros, times the signs and, in blocks, the orthonormal Hadamard matrix of order h; x itself for no signs."""
+    return x if signs is None else _hadamard(F.pad(x, (0, len(signs) - x.shape[1])) * signs.to(x), h)
+
+
+def _estimate(x: Tensor, gradient: Tensor, config: FP4, signs: Tensor | None) -> Tensor:
+    """`through` where x was quantised, which is after a turn."""
+    if config.estimator == "ste" or signs is None:
+        return through(x, gradient, config)
+    return (_hadamard(through(turn(x, signs, config.h), turn(gradient, signs, config.h), config), config.h) * signs.to(x))[:, : x.shape[1]]
+
+
+def product(a: Tensor, b: Tensor, config: FP4, signs: Tensor | None, random: tuple[bool, bool], generator: torch.Generator) -> Tensor:
+    """a bᵀ of a (m, n) and b (l, n), both quantised along n, after a turn with the same signs, if any."""
+    a, b = (turn(t, signs, config.h) for t in (a, b))
     return quantise(a, config, generator if random[0] else None) @ quantise(b, config, generator if random[1] else None).T
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W, b, config, generator):
-        rows = x.reshape(-1, x.shape[-1])
-        ctx.save_for_backward(rows, W)
+        wide = torch.promote_types(x.dtype, torch.float32)  # values times scales have more digits than bfloat16
+        rows, W = x.reshape(-1, x.shape[-1]).to(wide), W.to(wide)
+        signs = draw_signs(x.shape[-1], config, generator) if config.hadamard in ("forward", "both") else None
+        ctx.save_for_backward(rows, W, signs)
         ctx.config, ctx.generator, ctx.shape = config, generator, x.shape
-        random = ("x" in config.stochastic, "W" in config.stochastic)
-        y = product(rows, W, config, config.hadamard in ("forward", "both"), random, generator)
-        return (y if b is None else y + b).view(*x.shape[:-1], len(W))
+        y = product(rows, W, config, signs, ("x" in config.stochastic, "W" in config.stochastic), generator)
+        return (y if b is None else y + b).view(*x.shape[:-1], len(W)).to(x.dtype)
 
     @staticmethod
     def backward(ctx, g):
-        rows, W = ctx.saved_tensors
+        rows, W, signs = ctx.saved_tensors
         config, generator = ctx.config, ctx.generator
-        g, turned = g.reshape(-1, g.shape[-1]), config.hadamard in ("backward", "both")
         noisy = {operand: operand in config.stochastic for operand in ("x", "W", "g")}
-        gx = gW = None
+
+        def back(a, b, random):
+            return product(a, b, config, draw_signs(a.shape[1], config, generator) if config.hadamard in ("backward", "both") else None, random, generator)
+
+        g, gx, gW = g.reshape(-1, g.shape[-1]).to(rows), None, None
         if ctx.needs_input_grad[0]:
-            gx = through(rows, product(g, W.T, config, turned, (noisy["g"], noisy["W"]), generator), config).view(ctx.shape)
+            gx = _estimate(rows, back(g, W.T, (noisy["g"], noisy["W"])), config, signs).view(ctx.shape)
         if ctx.needs_input_grad[1]:
-            gW = through(W, product(g.T, rows.T, config, turned, (noisy["g"], noisy["x"]), generator), config)
+            gW = _estimate(W, back(g.T, rows.T, (noisy["g"], noisy["x"])), config, signs)
         return gx, gW, g.sum(0) if ctx.needs_input_grad[2] else None, None, None
 
 
@@ -146,7 +168,7 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, config: FP4 | None, generator
 
 
 class FP4Linear(nn.Linear):
-    """A linear layer with quantised products. Weights stay in float32; random numbers are its own, apart from the data's."""
+    """A linear layer with quantised products. Weights stay as they are; random numbers are its own, apart from the data's."""
 
     fp4: FP4
     generator: torch.Generator

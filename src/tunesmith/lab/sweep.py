@@ -4,9 +4,13 @@ import csv
 import io
 import json
 import multiprocessing
+import os
+import signal
 import statistics
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from ..bench.compare import pareto
@@ -51,9 +55,11 @@ def sweep(
 
     `share`: of the tasks' usual steps. `jobs`: processes at once. A run that runs.jsonl holds is not done again, so that a killed
     sweep goes on where it was. `progress(done, total, text)`. Returns what fp4.json holds.
-    Raises `TunesmithError` for an unknown task, and for data that a task needs and does not find.
+    Raises `TunesmithError` for no task or an unknown one, for data that a task needs and does not find, and where a process is killed.
     """
     output, tasks, seeds = Path(output), list(tasks), list(seeds)
+    if not tasks or not seeds:
+        raise TunesmithError("a sweep needs at least one task and one seed")
     for task in tasks:
         if task not in TASKS:
             raise TunesmithError(f"there is no task {task!r}{nearest(task, TASKS) or '; there are ' + ', '.join(TASKS)}")
@@ -66,6 +72,7 @@ def sweep(
     known = {key: loss for key, loss in _read(output / RUNS).items() if key in wanted}
     todo = [key for key in wanted if key not in known]
     output.mkdir(parents=True, exist_ok=True)
+    others = multiprocessing.active_children()
     with (output / RUNS).open("a", encoding="utf-8") as file, ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _alone) as pool:
         futures = {pool.submit(run, *wanted[key], share): key for key in todo}
         try:
@@ -76,8 +83,13 @@ def sweep(
                 file.flush()
                 task, config, seed = wanted[key]
                 progress(len(known), len(wanted), f"{task}, {config.name if config else 'exact'}, seed {seed}: {known[key]:.4f}")
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                if child not in others:
+                    child.terminate()
+            if isinstance(error, BrokenProcessPool):
+                raise TunesmithError(f"a process of the sweep was killed, most often out of memory; with fewer jobs, the same sweep goes on from {output / RUNS}") from None
             raise
     result = _result(configs, tasks, seeds, share, known)
     atomic_write(output / "fp4.json", json.dumps(result, indent=1) + "\n")
@@ -87,10 +99,12 @@ def sweep(
 
 
 def _alone() -> None:
-    """One thread for each process."""
+    """One thread for each process, which ends with the sweep: Ctrl-C is the sweep's to handle, and nothing outlives its kill."""
     import torch
 
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def _key(task: str, config: FP4 | None, seed: int, share: float) -> str:
@@ -114,20 +128,25 @@ def _read(file: Path) -> dict[str, float]:
 
 
 def _result(configs: list, tasks: list[str], seeds: list[int], share: float, known: dict[str, float]) -> dict:
+    """A gap is the share lost of what exact arithmetic learns on a task with the same seed: 0 for its loss, 1 for that of knowing nothing."""
+
     def losses(task, config):
         return [known[_key(task, config, seed, share)] for seed in seeds]
 
-    exact = {task: statistics.mean(losses(task, None)) for task in tasks}
+    def lost(task, loss, exact):
+        return (loss - exact) / (TASKS[task][2] - exact or 1)
+
+    exact = {task: losses(task, None) for task in tasks}
     rows = []
     for config in configs[1:]:
         found = {task: losses(task, config) for task in tasks}
-        gaps = [statistics.mean(found[task][i] / exact[task] - 1 for task in tasks) for i in range(len(seeds))]
+        gaps = [statistics.mean(lost(task, found[task][i], exact[task][i]) for task in tasks) for i in range(len(seeds))]
         rows.append({
             "name": config.name, "config": config.model_dump(), "gap": statistics.mean(gaps), "gap_std": statistics.stdev(gaps) if len(gaps) > 1 else 0.0, "gaps": gaps,
             "losses": {task: statistics.mean(each) for task, each in found.items()}, **cost(config).to_dict(),
         })  # fmt: skip
     front = pareto([(row["overhead"], -row["gap"]) for row in rows])
-    return {"tasks": tasks, "seeds": seeds, "share": share, "exact": exact, "rows": rows, "front": [rows[i]["name"] for i in front]}
+    return {"tasks": tasks, "seeds": seeds, "share": share, "exact": {task: statistics.mean(each) for task, each in exact.items()}, "rows": rows, "front": [rows[i]["name"] for i in front]}
 
 
 def _csv(result: dict) -> str:
