@@ -13,8 +13,8 @@ _HOMES = {
     "tunesmith.schedule": ["stages", "IST"],
     "tunesmith.methods.store": ["save", "load"],
     "tunesmith.methods": [
-        "adapt", "Method", "MethodInfo", "co_permuted", "density", "ranks", "few_shot", "AdaLoRA", "Bat", "BitFit", "Bone", "Combined", "Convpass", "DoRA", "FacTTK", "FacTTT", "FourierFT", "Full", "HUT", "IA3", "ID3", "L4Q", "LinearProbe",
-        "LNTuning", "LoftQ", "LoRA", "MHR", "MiSS", "MoLA", "NeuroAda", "PaCA", "ParallelAdapter", "PEQA", "PiSSA", "Poly", "PrefixTuning", "PromptTuning", "QWHA", "RepAdapter", "RSLoRA", "S2FT", "S2LoRA", "SeriesAdapter", "SHiRA", "SketchTune", "SNELL", "SNELLA", "SoKA", "SPTAdapter", "SPTLoRA", "SSF",
+        "adapt", "Method", "MethodInfo", "co_permuted", "density", "drop_encoder", "ranks", "few_shot", "AdaLoRA", "Bat", "BitFit", "Bone", "Combined", "Convpass", "DePT", "DoRA", "FacTTK", "FacTTT", "FourierFT", "Full", "HUT", "IA3", "ID3", "L4Q", "LinearProbe",
+        "LNTuning", "LoftQ", "LoRA", "MHR", "MiSS", "MoLA", "NeuroAda", "PaCA", "ParallelAdapter", "PEQA", "PiSSA", "Poly", "PrefixTuning", "PromptTuning", "PTuning", "QWHA", "RepAdapter", "RSLoRA", "S2FT", "S2LoRA", "SeriesAdapter", "SHiRA", "SketchTune", "SNELL", "SNELLA", "SoKA", "SPTAdapter", "SPTLoRA", "SSF",
         "TransformedLoRA", "VeRA", "VPT", "WaRA",
     ],
 }  # fmt: skip

@@ -12,7 +12,7 @@ from tunesmith.engine.model import adapters, hubs
 from tunesmith.engine.pack import packed_size
 from tunesmith.methods import registry
 
-from .zoo import CANNOT, CHOOSY, GIVEN, HOME, IMAGES, MODELS, PAIRS, adapt, build, inputs, logits, loss, same, stir, train
+from .zoo import CANNOT, CHOOSY, GIVEN, HOME, IMAGES, MODELS, PAIRS, PROMPTS, adapt, build, inputs, logits, loss, same, stir, train
 
 pairs = pytest.mark.parametrize("method,kind", PAIRS)
 methods = pytest.mark.parametrize("method", list(registry))
@@ -273,7 +273,7 @@ def test_deepcopy_and_pickle(method, kind):
         assert torch.equal(logits(model, batch), expected)
 
 
-@pytest.mark.parametrize("method", [m for m in registry if m not in CHOOSY | {"prompt-tuning", "prefix-tuning"}])
+@pytest.mark.parametrize("method", [m for m in registry if m not in CHOOSY | PROMPTS | {"prefix-tuning"}])
 def test_counts_on_the_meta_device_and_loads_there(method, tmp_path):
     kind = HOME.get(method, "llama")
     real = stir(adapt(build(kind), GIVEN.get(method, method)))
@@ -292,7 +292,7 @@ def test_counts_on_the_meta_device_and_loads_there(method, tmp_path):
 
 @methods
 def test_tied_weights_stay_tied_and_merge_unties(method):
-    if method in IMAGES | {"bitfit", "prompt-tuning", "prefix-tuning"}:
+    if method in IMAGES | PROMPTS | {"bitfit", "prefix-tuning"}:
         pytest.skip("acts on no weight that is tied")
     from tests.tiny import tiny_llama
 
@@ -352,7 +352,7 @@ def test_one_adapter_per_row(method, kind):
         ts.activate(model, name or [])
         single[name] = logits(model, batch)
     rows = ["b", None, "a"]
-    if (method, kind) in (("prompt-tuning", "t5"), ("full", "t5")):  # rows of other lengths; a table of position biases without rows
+    if kind == "t5" and method in PROMPTS | {"full"}:  # rows of other lengths; a table of position biases without rows
         with pytest.raises((ts.TunesmithError, RuntimeError)), ts.mixed(model, rows):
             logits(model, batch)
         return

@@ -9,7 +9,7 @@ import tunesmith as ts
 from tunesmith.engine.fused import common
 from tunesmith.methods import registry
 
-from .zoo import PAIRS, adapt, build, inputs, logits, loss, stir, train
+from .zoo import PAIRS, PROMPTS, adapt, build, inputs, logits, loss, stir, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 pairs = pytest.mark.parametrize("method,kind", PAIRS)
@@ -76,7 +76,7 @@ def test_bfloat16_base_with_float32_adapters(method, kind):
 
 @pairs
 def test_one_adapter_per_row(method, kind):
-    if kind == "t5" and method in ("prompt-tuning", "full"):
+    if kind == "t5" and method in PROMPTS | {"full"}:
         pytest.skip("rows of other lengths; a table of position biases without rows")
     model, batch = build(kind).cuda(), there(inputs(kind))
     for seed, name in enumerate("ab"):

@@ -22,6 +22,9 @@ MODELS = {**tiny.BUILDERS, "attention": attention_net}
 IMAGES = {"convpass", "vpt"}
 HOME = {"bitfit": "gpt2", **dict.fromkeys(IMAGES, "vit")}
 
+# Virtual tokens in front of the input embeddings.
+PROMPTS = {"dept", "p-tuning", "prompt-tuning"}
+
 # Pairs that end in one clear sentence instead of an adapter.
 CANNOT = {
     "bitfit": {"llama", "t5"},
@@ -33,7 +36,7 @@ CANNOT = {
     "parallel-adapter": {"convnet"},
     "peqa": {"convnet"},
     "sketchtune": {"convnet"},
-    "prompt-tuning": {"vit", "convnet", "attention"},
+    **dict.fromkeys(sorted(PROMPTS), {"vit", "convnet", "attention"}),
     "prefix-tuning": {"vit", "convnet", "attention", "t5"},
     "repadapter": {"convnet"},
     "series-adapter": {"convnet"},

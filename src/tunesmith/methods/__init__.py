@@ -8,6 +8,7 @@ from .adalora import AdaLoRA, ranks
 from .bone import Bat, Bone, MiSS
 from .combined import Combined
 from .convpass import Convpass
+from .dept import DePT
 from .dora import DoRA
 from .fact import FacTTK, FacTTT
 from .fourierft import FourierFT
@@ -22,6 +23,7 @@ from .method import Method, adapt, parse, registry
 from .mhr import MHR, Poly, few_shot
 from .mola import MoLA
 from .neuroada import NeuroAda
+from .p_tuning import PTuning, drop_encoder
 from .paca import PaCA
 from .parallel_adapter import ParallelAdapter
 from .peqa import PEQA

@@ -1,33 +1,45 @@
 """Prefix tuning: learned keys and values in front of every layer's own."""
 
-from typing import Literal
+from itertools import pairwise
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from torch import nn
 
 from ..engine.adapter import Adapter
-from ..engine.sites import backbone, width
+from ..engine.sites import backbone, float_dtype
 from ..engine.tokens import TokenAdapter, arguments, cache_name, cached, extend, past, token_backbone, token_site
 from ..errors import TunesmithError
 from .method import Method, empty
+from .p_tuning import encoded
 
 
 class PrefixLayer(TokenAdapter):
-    """Every layer's cache starts with m learned pairs; prefix (m, 2·layers·kv_heads·head_dim) as layer 0 K, layer 0 V, layer 1 K, …
+    """Every layer's cache starts with m learned pairs; a table (m, 2·layers·kv_heads·head_dim) as layer 0 K, layer 0 V, layer 1 K, …
 
-    Keys enter as they are (no rotary embedding); the text starts at position m.
+    The table is the trained prefix, or encoder(prefix) with a prefix (m, d). Keys enter as they are (no rotary embedding); the
+    text starts at position m.
     """
 
     def __init__(self, config: "PrefixTuning", shapes: list[tuple[int, int]], like):
         super().__init__()
         self.length, self.shapes = config.tokens, shapes
-        self.prefix = empty(config.tokens, 2 * sum(h * d for h, d in shapes), like=like)
+        widths = config.widths(shapes)
+        self.prefix = empty(config.tokens, widths[0], like=like)
         nn.init.normal_(self.prefix)
+        self.encoder = projection(widths, like.device, float_dtype(like)) if config.prefix_projection else None
+
+    def table(self) -> torch.Tensor:
+        return self.prefix if self.encoder is None else self.encoder(self.prefix)
+
+    def drop_encoder(self):
+        self.prefix = nn.Parameter(self.table().detach(), self.prefix.requires_grad)
+        self.encoder = None
 
     def pairs(self, batch: int, dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Per layer, keys and values (batch, kv_heads, m, head_dim)."""
-        pieces = self.prefix.to(dtype).split([h * d for h, d in self.shapes for _ in "kv"], dim=1)
+        pieces = self.table().to(dtype).split([h * d for h, d in self.shapes for _ in "kv"], dim=1)
         heads = [p.view(self.length, h, d).transpose(0, 1).expand(batch, -1, -1, -1) for p, (h, d) in zip(pieces, [s for s in self.shapes for _ in "kv"], strict=True)]
         return list(zip(heads[::2], heads[1::2], strict=True))
 
@@ -46,6 +58,12 @@ class PrefixLayer(TokenAdapter):
         call[name] = _filled(_new_cache() if cache is None else cache, pairs)
         output = base(**call)
         return output if cache is not None or call.get("use_cache") is not False else _without_cache(output)
+
+
+def projection(widths: list[int], device, dtype=None) -> nn.Sequential:
+    """W₂·tanh(W₁·e + b₁) + b₂ between these widths."""
+    d, h, out = widths
+    return nn.Sequential(nn.Linear(d, h, device=device, dtype=dtype), nn.Tanh(), nn.Linear(h, out, device=device, dtype=dtype))
 
 
 def _without_cache(output):
@@ -90,7 +108,12 @@ class PrefixReader(Adapter):
 
 
 class PrefixTuning(Method):
-    """Prefix tuning (Li and Liang 2021, arXiv 2101.00190) as learned keys and values, without the reparametrising MLP."""
+    """Prefix tuning (Li and Liang 2021, arXiv 2101.00190): m learned keys and values in front of every layer's own.
+
+    With `prefix_projection` a two-layer MLP d → h → 2·layers·d makes them of m trained vectors, d being a layer's kv_heads·head_dim;
+    it wants lower rates, 1e-3 and less. The MLP serves training alone: `drop_encoder` puts what it makes in its place, and peft's
+    files hold just that. Raises `TunesmithError` for a model without a KV cache, and for encoder-decoders.
+    """
 
     method, family, title, paper = "prefix-tuning", "prompt", "Prefix tuning", "arXiv:2101.00190"
     works_on = ("tokens",)
@@ -101,6 +124,13 @@ class PrefixTuning(Method):
 
     targets: Literal["tokens"] = "tokens"
     tokens: PositiveInt = 20
+    prefix_projection: bool = Field(False, description="make the prefix by an MLP while training")
+    encoder_hidden_size: PositiveInt | None = Field(None, description="width h of that MLP; default: d")
+
+    def widths(self, shapes: list[tuple[int, int]]) -> list[int]:
+        """Of what trains and, with a projection, of its hidden layer and what it makes, (kv_heads, head_dim) of each layer being given."""
+        out, d = 2 * sum(h * d for h, d in shapes), shapes[0][0] * shapes[0][1]
+        return [d, self.encoder_hidden_size or d, out] if self.prefix_projection else [out]
 
     def select(self, model):
         inner = token_backbone(model, self.method)
@@ -117,18 +147,20 @@ class PrefixTuning(Method):
     def count(self, site):
         if hasattr(site.owner, "layer_idx"):
             return 0
-        return self.tokens * 2 * sum(h * d for h, d in cache_shapes(site.owner))
+        widths = self.widths(cache_shapes(site.owner))
+        return self.tokens * widths[0] + sum((d + 1) * out for d, out in pairwise(widths))
 
     peft_type, peft_by_site = "PREFIX_TUNING", False
+    plain: ClassVar[dict[str, Any]] = {"prefix_projection": False}  # what the config says of a prefix without the MLP that made it
 
     def to_peft(self, configs, model):
         shapes = cache_shapes(model)
         if len(set(shapes)) > 1:
             raise TunesmithError("the peft format needs the same key and value heads in every layer; save this prefix with format='tunesmith'")
-        (heads, dim), hidden = shapes[0], width(model)
+        heads, dim = shapes[0]
         return {
             "num_virtual_tokens": self.tokens, "token_dim": heads * dim, "num_attention_heads": heads, "num_layers": len(shapes),
-            "num_transformer_submodules": 1, "prefix_projection": False, "encoder_hidden_size": hidden,
+            "num_transformer_submodules": 1, "prefix_projection": False, "encoder_hidden_size": self.encoder_hidden_size or heads * dim,
         }  # fmt: skip
 
     @classmethod
@@ -137,7 +169,10 @@ class PrefixTuning(Method):
         return config, dict.fromkeys(config.select(model), {})
 
     def peft_tensors(self, site, own):
-        return {"prompt_embeddings": own["prefix"]} if own else {}
+        if not own or not self.prefix_projection:
+            return {"prompt_embeddings": own["prefix"]} if own else {}
+        (h, d), out = own["encoder.0.weight"].shape, len(own["encoder.2.weight"])
+        return {"prompt_embeddings": encoded(projection([d, h, out], "meta"), own, "prefix")}
 
     def own_tensors(self, site, theirs):
         return {} if hasattr(site.owner, "layer_idx") else {"prefix": theirs["prompt_embeddings"]}

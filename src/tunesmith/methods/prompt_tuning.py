@@ -1,13 +1,13 @@
 """Prompt tuning: learned embeddings in front of the text."""
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from torch import nn
 
 from ..engine.adapter import Adapter
-from ..engine.sites import backbone
+from ..engine.sites import backbone, float_dtype
 from ..engine.tokens import TokenAdapter, arguments, cached, extend, past, token_backbone, token_site, trim
 from ..errors import TunesmithError
 from .method import Method, empty
@@ -16,16 +16,17 @@ from .method import Method, empty
 class PromptLayer(TokenAdapter):
     """The input embeddings (batch, T, d) become (batch, m + T, d) with the prompt (m, d) in front."""
 
-    def __init__(self, config: "PromptTuning", embeddings: nn.Module, keep: bool):
+    def __init__(self, config: "SoftPrompt", embeddings: nn.Module, keep: bool):
         super().__init__()
-        weight = embeddings.weight
-        self.length, self.keep = config.tokens, keep
-        self.prompt = empty(config.tokens, weight.shape[1], like=weight)
+        words = embeddings.weight
+        self.length, self.keep = config.tokens, keep  # keep: its outputs keep the virtual positions
+        self.prompt = empty(config.tokens, words.shape[1], like=words)
         with torch.no_grad():
-            if config.init == "vocabulary":
-                self.prompt.copy_(weight[torch.randint(len(weight), (config.tokens,))])
-            else:
-                nn.init.normal_(self.prompt)
+            self.prompt.copy_(config.start(words))
+
+    def vectors(self) -> torch.Tensor:
+        """What is put in front of the text, (m, d)."""
+        return self.prompt
 
     def forward(self, base, *args, **kwargs):
         call = arguments(base, args, kwargs)
@@ -33,11 +34,16 @@ class PromptLayer(TokenAdapter):
         extend(call, self.length, new)
         if not new:
             return base(**call)
-        ids, embeds = call.pop("input_ids", None), call.get("inputs_embeds")
-        embeds = base.site.owner.get_input_embeddings()(ids) if embeds is None else embeds
-        call["inputs_embeds"] = torch.cat([self.prompt.to(embeds.dtype).expand(len(embeds), -1, -1), embeds], 1)
+        embeds = embedded(base, call)
+        call["inputs_embeds"] = torch.cat([self.vectors().to(embeds.dtype).expand(len(embeds), -1, -1), embeds], 1)
         output = base(**call)
         return output if self.keep else trim(output, self.length)
+
+
+def embedded(base, call: dict) -> torch.Tensor:
+    """The call's input embeddings (batch, T, d), looked up where it has token ids, which are taken out of it."""
+    ids, embeds = call.pop("input_ids", None), call.get("inputs_embeds")
+    return base.site.owner.get_input_embeddings()(ids) if embeds is None else embeds
 
 
 class CrossMask(Adapter):
@@ -51,21 +57,29 @@ class CrossMask(Adapter):
         return base(**call)
 
 
-class PromptTuning(Method):
-    """Prompt tuning (Lester et al. 2021, arXiv 2104.08691): m embeddings in front of the input, of an encoder-decoder's
-    encoder. Outputs align with the caller's tokens: the virtual positions are cut off (Hugging Face peft keeps them).
+class SoftPrompt(Method):
+    """What methods have in common that put m = `tokens` embeddings in front of the input, of an encoder-decoder's encoder.
+
+    Outputs align with the caller's tokens: the virtual positions are cut off (Hugging Face peft keeps them).
     """
 
-    method, family, title, paper = "prompt-tuning", "prompt", "Prompt tuning", "arXiv:2104.08691"
+    family = "prompt"
     works_on = ("tokens",)
     mergeable = False
-    quantized_base_ok = True
     identity = False
-    default_lr = 3e-2
 
     targets: Literal["tokens"] = "tokens"
-    tokens: PositiveInt = 20
-    init: Literal["vocabulary", "normal"] = "vocabulary"
+    tokens: PositiveInt = Field(20, description="length m of the prompt")
+
+    layer_class: ClassVar[type[PromptLayer]] = PromptLayer
+
+    def start(self, words: torch.Tensor) -> torch.Tensor:
+        """What the prompt is before it trains, (m, d), by the word embeddings (vocabulary, d)."""
+        return torch.randn(self.tokens, words.shape[1], device=words.device, dtype=float_dtype(words))
+
+    def size(self, width: int) -> int:
+        """Trained parameters where embeddings have `width` numbers."""
+        return self.tokens * width
 
     def select(self, model):
         inner = token_backbone(model, self.method)
@@ -78,24 +92,25 @@ class PromptTuning(Method):
     def build(self, model, configs, by_path):
         (first, site), *decoder = [(path, by_path[path]) for path in configs]
         embeddings = backbone(model).get_input_embeddings()
-        return {first: (site, PromptLayer(self, embeddings, keep=bool(decoder)))} | {path: (s, CrossMask()) for path, s in decoder}
+        return {first: (site, self.layer_class(self, embeddings, keep=bool(decoder)))} | {path: (s, CrossMask()) for path, s in decoder}
 
     def count(self, site):
         decoder = getattr(site.owner, "is_decoder", False)  # of an encoder-decoder: its site only widens a mask
-        return 0 if decoder else self.tokens * site.owner.get_input_embeddings().weight.shape[1]
+        return 0 if decoder else self.size(site.owner.get_input_embeddings().weight.shape[1])
 
-    peft_type, peft_by_site = "PROMPT_TUNING", False
+    peft_by_site = False
+    plain: ClassVar[dict[str, Any]] = {}  # what the config says of a prompt without the encoder that made it, as peft's files have it
 
     def to_peft(self, configs, model):
         config = model.config
         return {
             "num_virtual_tokens": self.tokens, "token_dim": backbone(model).get_input_embeddings().weight.shape[1], "num_transformer_submodules": 1,
-            "num_attention_heads": config.num_attention_heads, "num_layers": config.num_hidden_layers, "prompt_tuning_init": "RANDOM",
+            "num_attention_heads": config.num_attention_heads, "num_layers": config.num_hidden_layers,
         }  # fmt: skip
 
     @classmethod
     def from_peft(cls, fields, model, found):
-        config = cls(tokens=len(found["prompt_embeddings"]))
+        config = cls(tokens=len(found["prompt_embeddings"]), **cls.plain)
         if fields.get("num_transformer_submodules") == 2:
             raise TunesmithError("this peft prompt has a part for the decoder (num_transformer_submodules=2); tunesmith's prompts are for the encoder")
         return config, dict.fromkeys(config.select(model), {})
@@ -105,3 +120,57 @@ class PromptTuning(Method):
 
     def own_tensors(self, site, theirs):
         return {"prompt": theirs["prompt_embeddings"]} if self.count(site) else {}
+
+
+class PromptTuning(SoftPrompt):
+    """Prompt tuning (Lester et al. 2021, arXiv 2104.08691): m embeddings P (m, d) in front of the input, H = [P; E(x)].
+
+    `init`: the embeddings of random words of the vocabulary, N(0, 1), or the embeddings of `init_text`, repeated or cut to
+    m tokens. Raises `TunesmithError` for a model that reads no token ids, and for a text where the model's folder has no tokenizer.
+    """
+
+    method, title, paper = "prompt-tuning", "Prompt tuning", "arXiv:2104.08691"
+    default_lr = 3e-2
+
+    init: Literal["vocabulary", "random", "text"] = "vocabulary"
+    init_text: str | list[int] | None = Field(None, description="what the prompt starts as with init='text': a text, or its token ids")
+
+    @model_validator(mode="after")
+    def complete(self):
+        if (self.init == "text") != bool(self.init_text):
+            raise TunesmithError(f"{self.method}: init='text' and init_text go together; init={self.init!r} with init_text={self.init_text!r:.80} is not valid")
+        return self
+
+    def select(self, model):
+        found = super().select(model)
+        if not isinstance(self.init_text, str):
+            return found
+        ids = token_ids(self.init_text, model)  # kept with the adapter, which can then be loaded without a tokenizer
+        return {path: (site, {"init_text": ids}) for path, (site, _) in found.items()}
+
+    def start(self, words):
+        if self.init == "random":
+            return super().start(words)
+        ids = self.init_text or torch.randint(len(words), (self.tokens,)).tolist()
+        if wrong := [i for i in ids if not 0 <= i < len(words)]:
+            raise TunesmithError(f"{self.method}: init_text has the token id {wrong[0]}; the model's are 0 to {len(words) - 1}")
+        return words[[ids[i % len(ids)] for i in range(self.tokens)]]
+
+    peft_type = "PROMPT_TUNING"
+
+    def to_peft(self, configs, model):
+        return super().to_peft(configs, model) | {"prompt_tuning_init": "RANDOM"}
+
+
+def token_ids(text: str, model: nn.Module) -> list[int]:
+    """A text's token ids, without special tokens, by the tokenizer that lies beside the model."""
+    from transformers import AutoTokenizer
+
+    where = getattr(getattr(model, "config", None), "_name_or_path", "")
+    try:
+        ids = AutoTokenizer.from_pretrained(where, local_files_only=True).encode(text, add_special_tokens=False) if where else []
+    except (OSError, ValueError, ImportError, KeyError):
+        ids = []
+    if not ids:
+        raise TunesmithError(f"a prompt cannot start as the text {text!r:.60}: there is no tokenizer at {where!r} that reads it; give init_text as a list of token ids")
+    return ids

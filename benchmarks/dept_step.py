@@ -1,0 +1,72 @@
+"""Time and memory of one training step of decomposed prompt tuning, beside prompt tuning of as many parameters.
+
+    python benchmarks/dept_step.py                     # every variant, writes benchmarks/results/dept_step.json
+    python benchmarks/dept_step.py --variants dept:8 prompt:8 --steps 2 --repeats 1
+    python benchmarks/dept_step.py --device cuda --steps 20
+
+The models are the first 8 and 16 layers and the whole 30 of the SmolLM2-135M architecture with random weights, in float32, on
+4 x 256 tokens. Measured as in lora_step.py: each run is a process of its own, they take turns, medians. Both methods train
+57,600 numbers:
+
+- prompt: 100 virtual tokens, 100·576
+- dept: 48 virtual tokens and offsets of rank 36 for 256 positions, 48·576 + (256 + 576)·36; on a GPU, where a row has 512
+  tokens, 49 and rank 27, 49·576 + (512 + 576)·27
+"""
+
+import argparse
+import functools
+import json
+import sys
+from pathlib import Path
+
+from lora_step import compare, machine, options, run
+
+RESULT = Path(__file__).parent / "results" / "dept_step.json"
+LAYERS = (8, 16, 30)
+METHODS = {
+    "prompt": {"method": "prompt-tuning", "tokens": 100},
+    "dept": {"method": "dept", "tokens": 48, "rank": 36, "max_length": 256},
+}
+LONGER = {"dept": {"method": "dept", "tokens": 49, "rank": 27, "max_length": 512}}
+VARIANTS = [f"{name}:{layers}" for layers in LAYERS for name in METHODS]
+
+
+def prepare(name, model):
+    import tunesmith as ts
+
+    ts.adapt(model, (METHODS | LONGER if model.device.type == "cuda" else METHODS)[name])
+    return list(ts.trainable(model).values()), lambda ids: ts.causal_lm_loss(model, ids, ids)
+
+
+def prepare_of(variant):
+    return functools.partial(prepare, variant.partition(":")[0])
+
+
+def layers_of(variant):
+    return int(variant.partition(":")[2])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    args = options(parser, RESULT)
+    if args.run:
+        print(json.dumps(run(prepare_of(args.run), args, layers_of(args.run))))
+        return
+    results = {}
+    for layers in sorted({layers_of(v) for v in args.variants}):
+        results |= compare(__file__, [v for v in args.variants if layers_of(v) == layers], args, prepare_of, layers)
+    pairs = [(f"dept:{n}", f"prompt:{n}") for n in LAYERS]
+    keys = ("step_s", "fastest_step_s", "peak_above_model_mb")
+    ratios = {f"{a} / {b}": {key: results[a][key] / results[b][key] for key in keys} for a, b in pairs if a in results and b in results}
+    report = {
+        "command": " ".join(["python benchmarks/dept_step.py", *sys.argv[1:]]), "machine": machine(args), "repeats": args.repeats, "ratios": ratios,
+        "variants": {name: {k: v for k, v in each.items() if k != "losses"} for name, each in results.items()},
+    }  # fmt: skip
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(ratios, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,338 @@
+"""Prompts and prefixes: starts, encoders that drop out, offsets by position, caches, padding, two rates."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, BertConfig, BertModel
+
+import tunesmith as ts
+from tests import tiny
+from tunesmith import optim
+from tunesmith.engine.model import adapters
+from tunesmith.engine.store import checksum
+from tunesmith.models import generate
+from tunesmith.train import recipe as recipes
+from tunesmith.train.folder import open_run
+from tunesmith.train.loop import run
+
+DEPT = {"method": "dept", "tokens": 3, "rank": 4, "max_length": 20}
+PROJECTED = {"method": "prefix-tuning", "tokens": 3, "prefix_projection": True, "encoder_hidden_size": 8}
+LSTM = {"method": "p-tuning", "tokens": 3, "encoder": "lstm", "encoder_hidden_size": 6}
+DEEP = LSTM | {"encoder_num_layers": 3}
+ENCODED = {"mlp": {"method": "p-tuning", "tokens": 3}, "lstm": LSTM, "prefix": PROJECTED}
+ALL = {"prompt": {"method": "prompt-tuning", "tokens": 3}, "dept": DEPT, **ENCODED}
+each = pytest.mark.parametrize("method", ALL.values(), ids=ALL)
+
+
+def stirred(model, method, seed=0):
+    torch.manual_seed(seed)
+    ts.adapt(model, method)
+    with torch.no_grad():
+        for p in ts.trainable(model).values():
+            p.add_(0.2 * torch.randn(p.shape))
+    return model
+
+
+def layer(model):
+    return next(iter(adapters(model, "default").values()))
+
+
+def logits(model, **inputs):
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+# Counts
+
+
+COUNTS = [  # of T5-base's width, by the shipped configurations
+    ({"tokens": 80, "rank": 15}, 76_800), ({"tokens": 60, "rank": 30}, 76_800), ({"tokens": 40, "rank": 45}, 76_800), ({"tokens": 20, "rank": 60}, 76_800),
+    ({"tokens": 60, "rank": 24, "max_length": 512}, 76_800), ({"tokens": 60, "rank": 30, "max_length": 348}, 79_560), ({}, 76_800),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields,trained", COUNTS, ids=str)
+def test_counts_of_dept(fields, trained):
+    model = BertModel(BertConfig(hidden_size=768, num_hidden_layers=1, vocab_size=50, intermediate_size=8))
+    assert ts.summary(ts.adapt(model, ts.DePT(**fields))).trainable == trained
+
+
+def test_counts_of_p_tuning():
+    model = BertModel(BertConfig(hidden_size=768, num_hidden_layers=1, vocab_size=50, intermediate_size=8))
+    assert ts.summary(ts.adapt(model, ts.PTuning(tokens=20))).trainable == 1_787_136
+    assert ts.summary(ts.drop_encoder(model)).trainable == 15_360
+
+
+@pytest.mark.parametrize("method", [*ALL.values(), DEEP], ids=[*ALL, "deep"])
+def test_counts_in_closed_form(method):
+    model = ts.adapt(tiny.tiny_llama(), method)
+    record = model._tunesmith.records["default"]
+    assert sum(config.count(model.get_submodule(path).tunesmith.site) for path, config in record.sites.items()) == ts.summary(model).trainable
+
+
+# Starts
+
+
+def test_starts_of_a_prompt(tmp_path):
+    words = tiny.tiny_llama().get_input_embeddings().weight
+    vocabulary = layer(ts.adapt(tiny.tiny_llama(), ts.PromptTuning(tokens=5))).prompt
+    assert all((row == words).all(1).any() for row in vocabulary)
+    torch.manual_seed(0)
+    random = layer(ts.adapt(tiny.tiny_llama(), ts.PromptTuning(tokens=50, init="random"))).prompt
+    assert abs(random.mean()) < 0.1 and abs(random.std() - 1) < 0.1
+    for method in (ts.PromptTuning, ts.DePT):
+        text = layer(ts.adapt(tiny.tiny_llama(), method(tokens=5, init="text", init_text=[9, 7]))).prompt
+        assert torch.equal(text, words[[9, 7, 9, 7, 9]])
+    assert torch.equal(layer(ts.adapt(tiny.tiny_llama(), ts.PromptTuning(tokens=1, init="text", init_text=[9, 7]))).prompt, words[[9]])
+
+
+def test_a_text_is_read_by_the_models_tokenizer(tmp_path):
+    folder = tiny.save_tiny(tmp_path / "llama")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ts.adapt(model, {"method": "prompt-tuning", "tokens": 40, "init": "text", "init_text": "my card"})
+    ids = tiny.tiny_tokenizer().encode("my card", add_special_tokens=False)
+    assert torch.equal(layer(model).prompt[: len(ids)], model.get_input_embeddings().weight[ids])
+    ts.save(model, tmp_path / "a")
+    loaded = ts.load(tiny.tiny_llama(), tmp_path / "a")  # where there is no tokenizer
+    assert torch.equal(layer(loaded).prompt, layer(model).prompt)
+
+
+@pytest.mark.parametrize(
+    "fields,message",
+    [
+        ({"init": "text"}, "init_text go together"),
+        ({"init_text": "good"}, "init_text go together"),
+        ({"init": "text", "init_text": []}, "init_text go together"),
+        ({"init": "text", "init_text": "good"}, "no tokenizer.*list of token ids"),
+        ({"init": "text", "init_text": [3, 320]}, "token id 320.*0 to 319"),
+        ({"init": "normal"}, "init='normal'"),
+    ],
+)
+@pytest.mark.parametrize("method", ["prompt-tuning", "dept"])
+def test_starts_that_are_refused(method, fields, message):
+    model = tiny.tiny_llama()
+    with pytest.raises(ts.TunesmithError, match=message):
+        ts.adapt(model, {"method": method, **fields})
+    assert not hasattr(model, "_tunesmith")
+
+
+# DePT
+
+
+def test_starts_of_the_pair():
+    pair = layer(ts.adapt(tiny.tiny_llama(), ts.DePT(rank=16)))
+    assert pair.A.shape == (256, 16) and pair.A.abs().max() <= 0.25 and pair.A.std() > 0.1
+    assert pair.B.shape == (16, 32) and not pair.B.any()
+    assert pair.scale == 2 and layer(ts.adapt(tiny.tiny_llama(), ts.DePT(alpha=None))).scale == 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "t5"])
+def test_without_the_pair_it_is_prompt_tuning(kind):
+    dept, prompt = ts.adapt(tiny.BUILDERS[kind](), DEPT), ts.adapt(tiny.BUILDERS[kind](), {"method": "prompt-tuning", "tokens": 3})
+    with torch.no_grad():
+        layer(dept).prompt.copy_(layer(prompt).prompt)
+    assert torch.equal(logits(dept, **tiny.batch(kind)), logits(prompt, **tiny.batch(kind)))
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "t5"])
+def test_it_adds_the_offsets_of_the_positions(kind):
+    """As the same prompt before embeddings that have the offsets already."""
+    model, batch = stirred(tiny.BUILDERS[kind](), DEPT), tiny.batch(kind)
+    dept, T = layer(model), batch["input_ids"].shape[1]
+    expected = logits(model, **batch)
+    moved = model.get_input_embeddings()(batch["input_ids"]) + 8 / 4**0.5 * (dept.A @ dept.B)[:T]
+    with torch.no_grad():
+        dept.B.zero_()
+    rest = {k: v for k, v in batch.items() if k != "input_ids"}
+    torch.testing.assert_close(logits(model, inputs_embeds=moved, **rest), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_at_the_start_a_step_moves_the_prompt_and_b_alone():
+    model = ts.adapt(tiny.tiny_llama(), DEPT)
+    logits_of = model(**tiny.batch("llama")).logits
+    logits_of.square().sum().backward()
+    assert layer(model).prompt.grad.any() and layer(model).B.grad.any() and not layer(model).A.grad.any()
+
+
+def test_two_rates():
+    model = ts.adapt(tiny.tiny_llama(), DEPT | {"lr_ratio": 0.1})
+    groups = optim.build(model, lr=0.3).param_groups
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert [rates[id(p)] for p in (layer(model).prompt, layer(model).A, layer(model).B)] == pytest.approx([0.3, 0.03, 0.03])
+
+
+def test_texts_that_are_too_long():
+    model = ts.adapt(tiny.tiny_llama(), DEPT | {"max_length": 8})
+    with pytest.raises(ts.TunesmithError, match="max_length=8 tokens, and this one has 10"):
+        model(**tiny.batch("llama", length=10))
+    ids, mask = torch.full((2, 10), 5), torch.tensor([[1] * 7 + [0] * 3, [1] * 8 + [0] * 2])
+    assert torch.isfinite(logits(model, input_ids=ids, attention_mask=mask)).all()
+    ids = torch.full((1, 6), 5)
+    assert model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0).shape == (1, 12)  # what it writes may go on
+
+
+# All of them
+
+
+@each
+def test_a_cache_changes_nothing(method):
+    model = stirred(tiny.tiny_llama(), method)
+    ids = tiny.batch("llama")["input_ids"][1:]
+    whole = logits(model, input_ids=ids)
+    cache = None
+    for start, end in ((0, 6), (6, 7), (7, 10)):
+        with torch.no_grad():
+            out = model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        torch.testing.assert_close(out.logits, whole[:, start:end], atol=1e-5, rtol=1e-5)
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    written = model.generate(ids, **options)
+    assert torch.equal(written, model.generate(ids, use_cache=False, **options))
+    assert torch.equal(model.generate(ids, num_beams=2, **options), model.generate(ids, num_beams=2, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("method", [ALL[name] for name in ("prompt", "dept", "mlp")], ids=["prompt", "dept", "mlp"])
+def test_an_encoder_decoder_writes(method):
+    model = stirred(tiny.tiny_t5(), method)
+    inputs = {k: v for k, v in tiny.batch("t5").items() if k != "decoder_input_ids"}
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    written = model.generate(**inputs, **options)
+    assert torch.equal(written, model.generate(**inputs, use_cache=False, **options))
+    best = logits(model, **inputs, decoder_input_ids=written).argmax(-1)
+    assert torch.equal(best[:, :-1], written[:, 1:])
+
+
+@each
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_padding_on_the_left_changes_nothing_written(method, kind):
+    model = stirred(tiny.BUILDERS[kind](), method)
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14, 15]]
+    tokenizer = tiny.tiny_tokenizer()
+    together = generate(model, tokenizer, prompts, max_new_tokens=6)
+    assert together == [generate(model, tokenizer, [p], max_new_tokens=6)[0] for p in prompts]
+
+
+@each
+def test_padding_on_the_right_has_no_influence(method):
+    model, batch = stirred(tiny.tiny_llama(), method), tiny.batch("llama")
+    before = logits(model, **batch)[0, :8]
+    batch["input_ids"][0, -2:] = 99
+    assert torch.equal(logits(model, **batch)[0, :8], before)
+    torch.testing.assert_close(logits(model, input_ids=batch["input_ids"][:1, :8])[0], before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ENCODED.values(), ids=ENCODED)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_keeps_an_encoders_gradients(method, reentrant):
+    def gradients(checkpointing):
+        model = stirred(tiny.tiny_llama().train(), method)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model(**tiny.batch("llama")).logits.square().mean().backward()
+        return {path: p.grad for path, p in ts.trainable(model).items()}
+
+    plain, saved = gradients(False), gradients(True)
+    assert all(grad.any() for grad in plain.values())
+    for path, grad in plain.items():
+        torch.testing.assert_close(saved[path], grad, atol=1e-6, rtol=1e-4)
+
+
+# Encoders
+
+
+@pytest.mark.parametrize("encoder", ["mlp", "lstm"])
+def test_the_encoder_makes_the_prompt(encoder):
+    model = stirred(tiny.tiny_llama(), {"method": "p-tuning", "tokens": 3, "encoder": encoder})
+    prompt = layer(model)
+    if encoder == "mlp":
+        first, _, second, _, third = prompt.encoder
+        expected = third(torch.relu(second(torch.relu(first(prompt.prompt)))))
+    else:
+        expected = prompt.encoder.head(prompt.encoder.lstm(prompt.prompt[None])[0])[0]
+    torch.testing.assert_close(prompt.vectors(), expected)
+
+
+def test_the_projection_makes_the_prefix():
+    prefix = adapters(stirred(tiny.tiny_llama(), PROJECTED), "default")["model"]
+    first, _, second = prefix.encoder
+    expected = nn.functional.linear(torch.tanh(nn.functional.linear(prefix.prefix, first.weight, first.bias)), second.weight, second.bias)
+    torch.testing.assert_close(prefix.table(), expected)
+    assert prefix.table().shape == (3, 2 * 2 * 16)  # keys and values of two layers with two heads of eight
+
+
+@pytest.mark.parametrize("method", ENCODED.values(), ids=ENCODED)
+def test_an_encoder_drops_out(method, tmp_path):
+    model, batch = stirred(tiny.tiny_llama(), method), tiny.batch("llama")
+    expected = logits(model, **batch)
+    ts.save(model, tmp_path / "whole")
+    assert torch.equal(logits(ts.load(tiny.tiny_llama(), tmp_path / "whole"), **batch), expected)
+    ts.save(model, tmp_path / "peft", format="peft")
+    assert ts.drop_encoder(model) is model
+    assert torch.equal(logits(model, **batch), expected)
+    assert len(ts.trainable(model)) == 1
+    ts.save(model, tmp_path / "plain")
+    for folder in ("plain", "peft"):
+        again = ts.load(tiny.tiny_llama(), tmp_path / folder)
+        assert torch.equal(logits(again, **batch), expected)
+        assert [p.shape for p in ts.trainable(again).values()] == [p.shape for p in ts.trainable(model).values()]
+    with pytest.raises(ts.TunesmithError, match="no encoder to drop"):
+        ts.drop_encoder(model)
+
+
+def test_saving_for_peft_draws_no_random_numbers(tmp_path):
+    model = stirred(tiny.tiny_llama(), LSTM)
+    before = torch.get_rng_state()
+    ts.save(model, tmp_path / "a", format="peft")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_dept_has_no_words_in_the_format_of_peft(tmp_path):
+    with pytest.raises(ts.TunesmithError, match=r"cannot hold.*dept"):
+        ts.save(ts.adapt(tiny.tiny_llama(), DEPT), tmp_path / "a", format="peft")
+
+
+def test_a_file_without_the_pair_is_refused(tmp_path):
+    ts.save(ts.adapt(tiny.tiny_llama(), DEPT), tmp_path / "a")
+    card, tensors = json.loads((tmp_path / "a" / "adapter.json").read_text()), load_file(tmp_path / "a" / "adapter.safetensors")
+    save_file({key: t for key, t in tensors.items() if key.endswith("prompt")}, tmp_path / "a" / "adapter.safetensors")
+    card["sha256"] = hashlib.sha256((tmp_path / "a" / "adapter.safetensors").read_bytes()).hexdigest()
+    card["checksum"] = checksum(card)
+    (tmp_path / "a" / "adapter.json").write_text(json.dumps(card))
+    with pytest.raises(ts.TunesmithError, match=r"does not (fit|hold)"):
+        ts.load(tiny.tiny_llama(), tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "method", [DEPT | {"rank": 0}, DEPT | {"max_length": 0}, {"method": "p-tuning", "encoder": "gru"}, PROJECTED | {"encoder_hidden_size": 0}]
+)
+def test_fields_that_are_refused(method):
+    with pytest.raises(ts.TunesmithError, match="is not valid"):
+        ts.adapt(tiny.tiny_llama(), method)
+
+
+@pytest.mark.parametrize("method", [DEPT | {"init": "text", "init_text": "what is", "max_length": 64}, *ENCODED.values()], ids=["dept", *ENCODED])
+def test_a_run_and_what_it_leaves(method, here, models, data):
+    recipe = {"model": models["llama"], "data": data["sums"], "method": method, "epochs": 1, "batch_size": 8, "max_new_tokens": 2, "output": "run"}
+    result = run(recipes.check(recipe))
+    assert result.summary["steps"] == 5 and result.metrics["loss"] < 20
+    again = open_run(result.folder)
+    assert type(again.model._tunesmith.records["default"].config).method == method["method"]
+
+
+def test_rows_of_several_prompts():
+    model, batch = tiny.tiny_llama(), tiny.batch("llama")
+    expected = []
+    for seed, (name, method) in enumerate({"a": DEPT, "b": DEPT | {"tokens": 5, "rank": 2}, "c": DEPT | {"tokens": 1}}.items()):
+        torch.manual_seed(seed)
+        ts.adapt(model, method, name=name)
+        with torch.no_grad():
+            for p in ts.trainable(model).values():
+                p.add_(0.2 * torch.randn(p.shape))
+        expected.append(logits(model, **batch)[seed])
+    with ts.mixed(model, ["a", "b", "c"]):
+        torch.testing.assert_close(logits(model, **batch), torch.stack(expected), atol=1e-5, rtol=1e-5)
