@@ -16,10 +16,9 @@ The models are the first 8 and 16 layers and the whole 30 of the SmolLM2-135M ar
 import argparse
 import functools
 import json
-import sys
 from pathlib import Path
 
-from lora_step import compare, machine, options, run
+from lora_step import compare_sizes, options, publish, run
 
 RESULT = Path(__file__).parent / "results" / "dept_step.json"
 LAYERS = (8, 16, 30)
@@ -53,19 +52,8 @@ def main():
     if args.run:
         print(json.dumps(run(prepare_of(args.run), args, layers_of(args.run))))
         return
-    results = {}
-    for layers in sorted({layers_of(v) for v in args.variants}):
-        results |= compare(__file__, [v for v in args.variants if layers_of(v) == layers], args, prepare_of, layers)
-    pairs = [(f"dept:{n}", f"prompt:{n}") for n in LAYERS]
-    keys = ("step_s", "fastest_step_s", "peak_above_model_mb")
-    ratios = {f"{a} / {b}": {key: results[a][key] / results[b][key] for key in keys} for a, b in pairs if a in results and b in results}
-    report = {
-        "command": " ".join(["python benchmarks/dept_step.py", *sys.argv[1:]]), "machine": machine(args), "repeats": args.repeats, "ratios": ratios,
-        "variants": {name: {k: v for k, v in each.items() if k != "losses"} for name, each in results.items()},
-    }  # fmt: skip
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(ratios, indent=1))
+    results = compare_sizes(__file__, args.variants, args, prepare_of, layers_of)
+    publish(__file__, args, results, [(f"dept:{n}", f"prompt:{n}") for n in LAYERS])
 
 
 if __name__ == "__main__":

@@ -177,6 +177,29 @@ def compare(script, variants, args, prepare_of, layers=30):
     }
 
 
+KEYS = ("step_s", "fastest_step_s", "peak_above_model_mb")
+
+
+def compare_sizes(script, variants, args, prepare_of, layers_of):
+    """`compare` for variants of several sizes of the model, those of one size in turns."""
+    results = {}
+    for layers in sorted({layers_of(v) for v in variants}):
+        results |= compare(script, [v for v in variants if layers_of(v) == layers], args, prepare_of, layers)
+    return results
+
+
+def publish(script, args, results, pairs, keys=KEYS, **more):
+    """Write what the variants took, and for each of `pairs` that is there the ratios of `keys`."""
+    found = {f"{a} / {b}": {key: results[a][key] / results[b][key] for key in keys} for a, b in pairs if a in results and b in results}
+    report = {
+        "command": " ".join(["python", f"benchmarks/{Path(script).name}", *sys.argv[1:]]), "machine": machine(args), "repeats": args.repeats, "ratios": found, **more,
+        "variants": {name: {k: v for k, v in each.items() if k != "losses"} for name, each in results.items()},
+    }  # fmt: skip
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
 def ratios(results):
     """Time, memory and greatest difference in loss of one variant against another."""
     pairs = [("tunesmith", "peft"), ("tunesmith", "frozen"), ("tunesmith", "full"), ("tunesmith-dora", "peft-dora"), ("tunesmith-dora", "tunesmith")]

@@ -15,16 +15,15 @@ Memory is all of the process's beyond what Python and the libraries take (a proc
 import argparse
 import functools
 import json
-import sys
 from pathlib import Path
 
-from lora_step import build, compare, machine, options, resident, run
+from lora_step import build, compare, options, publish, resident, run
 from lora_step import prepare as prepare_lora
 
 RESULT = Path(__file__).parent / "results" / "quantised_step.json"
 RANK = 16
 METHODS = {
-    "lora": {"rank": RANK, "alpha": 32}, "loftq": {"rank": RANK}, "paca": {"rank": 31, "alpha": 31}, "qwha": {"rank": RANK}, "fourierft": {},
+    "lora": {"rank": RANK, "alpha": 32}, "loftq": {"rank": RANK}, "paca": {"rank": 31, "alpha": 31}, "qwha": {"rank": RANK}, "dct": {"rank": RANK, "basis": "cosine"}, "fourierft": {},
     "peqa": {"group_size": "row"}, "sketchtune": {"groups_per_row": 1}, "l4q": {"rank": 4, "group_size": 64},
 }  # fmt: skip
 FORMATS = {"nf4": "nf4", "nf4dq": {"format": "nf4", "double_quant": True}, "int4": "int4", "int3": "int3", "row4": {"format": "int4", "group_size": "row"}, "sketch4": "sketch4", "nvfp4": "nvfp4"}
@@ -51,37 +50,17 @@ def nothing(layers):
     return torch.nn.Linear(1, 1)
 
 
-def dct(model):
-    """The entries of QWHA in the basis of the discrete cosine transform over the inputs, which has no transform by additions."""
+def ours(method):
     import torch
 
     import tunesmith as ts
-    from tunesmith.methods import qwha
-
-    ts.adapt(model, {"method": "qwha", "rank": RANK})
-
-    def transform(x, transpose=False):
-        n = x.shape[-1]
-        i = torch.arange(n, dtype=x.dtype)
-        C = torch.cos(torch.pi / n * (i[:, None] + 0.5) * i) * 2**0.5
-        C[:, 0] = 1
-        return x @ (C.T if transpose else C)
-
-    qwha.transform = transform
-
-
-def ours(method):
-    import tunesmith as ts
 
     def prepare(model):
-        if method == "dct":
-            dct(model)
-        else:
-            fields = {"method": method, **METHODS[method]}
-            if method == "fourierft":
-                widths = {m.weight.shape for n, m in model.named_modules() if isinstance(m, __import__("torch").nn.Linear) and n != "lm_head"}
-                fields["targets"] = {f".*({'|'.join(names_of(model, shape))})": {"n_frequency": RANK * sum(shape)} for shape in widths}
-            ts.adapt(model, fields)
+        name, fields = "qwha" if method == "dct" else method, METHODS[method]
+        if method == "fourierft":
+            shapes = {m.weight.shape for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+            fields = {"targets": {f".*({'|'.join(names_of(model, shape))})": {"n_frequency": RANK * sum(shape)} for shape in shapes}}
+        ts.adapt(model, {"method": name, **fields})
         return list(ts.trainable(model).values()), lambda ids: ts.causal_lm_loss(model, ids, ids)
 
     return prepare
@@ -119,16 +98,7 @@ def main():
     empty = results.pop("empty")["loaded_model_mb"] if "empty" in results else 0
     for each in results.values():
         each["memory_mb"] = each["loaded_model_mb"] + each["peak_above_model_mb"] - empty
-    keys = ("step_s", "fastest_step_s", "memory_mb", "peak_above_model_mb")
-    ratios = {f"{a} / {b}": {key: results[a][key] / results[b][key] for key in keys} for a, b in PAIRS if a in results and b in results}
-    stored = {name: footprints(name) for name in FORMATS}
-    report = {
-        "command": " ".join(["python benchmarks/quantised_step.py", *sys.argv[1:]]), "machine": machine(args), "repeats": args.repeats, "ratios": ratios, "stored": stored,
-        "variants": {name: {k: v for k, v in each.items() if k != "losses"} for name, each in results.items()},
-    }  # fmt: skip
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(ratios, indent=1))
+    publish(__file__, args, results, PAIRS, ("step_s", "fastest_step_s", "memory_mb", "peak_above_model_mb"), stored={name: footprints(name) for name in FORMATS})
 
 
 def footprints(format):

@@ -16,10 +16,9 @@ masked fine-tuning are measured on the first 8 and 16 layers too.
 import argparse
 import functools
 import json
-import sys
 from pathlib import Path
 
-from lora_step import compare, machine, options, run
+from lora_step import compare_sizes, options, publish, run
 from lora_step import prepare as prepare_lora
 
 RESULT = Path(__file__).parent / "results" / "sparse_step.json"
@@ -84,18 +83,7 @@ def main():
     if args.run:
         print(json.dumps(run(prepare_of(args.run), args, layers_of(args.run))))
         return
-    results = {}
-    for layers in sorted({layers_of(v) for v in args.variants}):
-        results |= compare(__file__, [v for v in args.variants if layers_of(v) == layers], args, prepare_of, layers)
-    keys = ("step_s", "fastest_step_s", "peak_above_model_mb")
-    ratios = {f"{a} / {b}": {key: results[a][key] / results[b][key] for key in keys} for a, b in PAIRS if a in results and b in results}
-    report = {
-        "command": " ".join(["python benchmarks/sparse_step.py", *sys.argv[1:]]), "machine": machine(args), "repeats": args.repeats, "ratios": ratios,
-        "variants": {name: {k: v for k, v in each.items() if k != "losses"} for name, each in results.items()},
-    }  # fmt: skip
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(ratios, indent=1))
+    publish(__file__, args, compare_sizes(__file__, args.variants, args, prepare_of, layers_of), PAIRS)
 
 
 if __name__ == "__main__":

@@ -19,22 +19,13 @@ from _common import LIMITS, above, accuracies, few_shot, percent, values
 from tunesmith import models
 from tunesmith.bench.claims import claim, spread
 from tunesmith.engine.calls import score
-from tunesmith.engine.hadamard import transform
 from tunesmith.engine.sites import find
 from tunesmith.methods import qwha
-from tunesmith.methods.loftq import principal
+from tunesmith.methods.lora import pissa
 from tunesmith.quantize import PackedWeight, formats
 
 PAPER = "QWHA (arXiv 2509.17428)"
 RANK, LAYERS, TEXTS = 8, 30, 12  # rank of the LoRA with as many parameters; layers of the model; texts of 256 tokens for a start
-
-
-def cosine(x, transpose=False):
-    n = x.shape[-1]
-    i = torch.arange(n, dtype=x.dtype)
-    C = torch.cos(torch.pi / n * (i[:, None] + 0.5) * i) * 2**0.5
-    C[:, 0] = 1
-    return x @ (C.T if transpose else C)
 
 
 def moments(model, tokenizer, texts):
@@ -52,13 +43,9 @@ def moments(model, tokenizer, texts):
 
 def started(error, M, basis):
     """ΔW of an adapter in a basis with as many entries as LoRA trains."""
-    qwha.transform = basis
-    try:
-        index, c = qwha.start(error, qwha.damped(M), RANK * sum(error.shape), 1.0)
-        F = torch.zeros(error.numel(), dtype=error.dtype).index_put((index,), c).view(error.shape)
-        return basis(F, transpose=True)
-    finally:
-        qwha.transform = transform
+    index, c = qwha.start(error, qwha.damped(M), RANK * sum(error.shape), 1.0, basis)
+    F = torch.zeros(error.numel(), dtype=error.dtype).index_put((index,), c).view(error.shape)
+    return qwha.BASES[basis](F, transpose=True)
 
 
 def main():
@@ -73,10 +60,10 @@ def main():
             ratios = {name: [] for name in left}
             for path, (W, M) in known.items():
                 error = W.double() - PackedWeight.of(W, format).dequantize().double()
-                A, B = principal(error, RANK)
+                A, B = pissa(error, RANK, 1.0)
                 changes = {
-                    "qwha": started(error, M, transform), "dct": started(error, M, cosine), "loftq": B @ A,
-                    "qwha without data": started(error, torch.eye(len(M), dtype=M.dtype), transform),
+                    "qwha": started(error, M, "hadamard"), "dct": started(error, M, "cosine"), "loftq": B @ A,
+                    "qwha without data": started(error, torch.eye(len(M), dtype=M.dtype), "hadamard"),
                 }  # fmt: skip
                 J = judged[path][1]
                 for name, change in changes.items():

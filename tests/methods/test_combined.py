@@ -44,6 +44,15 @@ def test_all_kinds_of_parts_train_and_come_back_from_a_file(tmp_path):
         ts.merge(model)
 
 
+def test_a_part_says_how_the_base_is_rounded_and_what_is_kept():
+    config = ts.methods.parse({"method": "combined", "parts": ["ln-tuning", {"method": "loftq", "rank": 2, "iterations": 3}]})
+    loftq, W = ts.methods.parse({"method": "loftq", "rank": 2, "iterations": 3}), torch.randn(16, 32)
+    format = ts.quantize.Format(format="nf2")
+    assert config.from_original and torch.equal(config.rounding(W, format) + 0, loftq.rounding(W, format) + 0)
+    assert ts.methods.parse({"method": "combined", "parts": ["qwha", "ln-tuning"]}).calibration_optional
+    assert not ts.methods.parse({"method": "combined"}).from_original
+
+
 def test_rates_keep_their_ratio():
     model = ts.adapt(build(), {"method": "combined", "parts": ["lora", "ln-tuning"]})
     groups = {group["lr"] for group in ts.methods.parse({"method": "combined", "parts": ["lora", "ln-tuning"]}).param_groups(adapters(model, "default"), 2e-3)}

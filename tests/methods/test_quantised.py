@@ -10,6 +10,7 @@ from tunesmith import optim
 from tunesmith.engine import hadamard
 from tunesmith.engine.model import adapters
 from tunesmith.methods import LoftQ
+from tunesmith.methods.qwha import BASES, start
 from tunesmith.quantize import Format, PackedWeight, packed_weights, quantize
 
 
@@ -145,6 +146,18 @@ def test_hadamard_matrices(n):
     assert (H.abs() == 1).all() and torch.equal(H @ H.T, n * torch.eye(n, dtype=torch.float64))
     x = torch.randn(3, n, dtype=torch.float64)
     assert torch.allclose(hadamard.transform(x), x @ H) and torch.allclose(hadamard.transform(x, transpose=True), x @ H.T)
+
+
+def test_the_cosine_baseline():
+    x = torch.eye(30, dtype=torch.float64)
+    C = BASES["cosine"](x)
+    assert torch.allclose(C @ C.T, 30 * x) and torch.allclose(BASES["cosine"](x, transpose=True), C.T)
+    error = torch.randn(6, 30, dtype=torch.float64)
+    index, c = start(error, None, error.numel(), 1.0, "cosine")  # all entries: nothing is left
+    F = torch.zeros(error.numel(), dtype=error.dtype).index_put((index,), c).view(error.shape)
+    assert torch.allclose(BASES["cosine"](F, transpose=True), error)
+    model = ts.adapt(nn.Sequential(nn.Linear(30, 6)), {"method": "qwha", "basis": "cosine"}, targets="0")
+    assert ts.summary(model).trainable == min(8 * 36, 6 * 30)
 
 
 def test_lengths_without_a_matrix_go_to_the_next():

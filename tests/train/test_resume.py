@@ -20,19 +20,23 @@ transformers = [f"transformers.models.{name}" for name in ("auto", "auto.tokeniz
 context.set_forkserver_preload(["tunesmith.train.loop", "torch.utils.tensorboard", "datasets", *transformers])
 
 
-def train(values, resume=False, env=None):
-    """The body of a child process."""
+def train(values, resume=False, env=None, last=None):
+    """The body of a child process, which kills itself after the step `last`."""
     os.environ.update(env or {})
     import torch
 
     torch.set_num_threads(1)
     from tunesmith.train.loop import run
 
-    run(recipes.check(values), resume=resume)
+    def watch(event):
+        if event["event"] == "step" and event["step"] == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run(recipes.check(values), resume=resume, progress=watch)
 
 
-def in_process(*args, env=None):
-    child = context.Process(target=train, args=args, kwargs={"env": env})
+def in_process(*args, **options):
+    child = context.Process(target=train, args=args, kwargs=options)
     child.start()
     return child
 
@@ -71,22 +75,22 @@ def test_a_killed_run_ends_in_the_same_bits(here, models, data, kind, source, me
         "log_every": 3, "eval_every": 5, "checkpoint_every": 4, "max_new_tokens": 2, **more,
     }  # fmt: skip
     finished(values | {"output": "whole"})
-    draw, resumed = random.Random(kind), 0
+    first = in_process(values | {"output": "cut"}, last=6)  # the checkpoint of step 4 is there
+    first.join(120)
+    assert first.exitcode == -signal.SIGKILL and (here / "cut" / "checkpoint" / "state.pt").exists()
+    draw, loop_s = random.Random(kind), json.loads((here / "whole" / "summary.json").read_text())["time_s"]
     starts = lambda: len(list((here / "cut" / "tensorboard").glob("*")))  # noqa: E731 - of the loop, one file each
-    while not (here / "cut" / "summary.json").exists():
-        child, before = in_process(values | {"output": "cut"}, True), starts()
+    while (before := starts()) < 5:  # at any moment, half-way through a write too
+        child = in_process(values | {"output": "cut"}, True)
         while child.is_alive() and starts() == before:
             time.sleep(0.01)
-        if before < 6:
-            if not resumed:  # the first cut comes after a checkpoint, however slow the machine is
-                while child.is_alive() and not (here / "cut" / "checkpoint" / "state.pt").exists():
-                    time.sleep(0.01)
-            child.join(draw.uniform(0.02, 0.4))
-            child.kill()
+        child.join(draw.uniform(0, loop_s / 2))
+        child.kill()
         child.join(120)
         assert child.exitcode in (0, -signal.SIGKILL)
-        resumed += child.exitcode != 0 and (here / "cut" / "checkpoint" / "state.pt").exists()
-    assert resumed, "no run was cut off after a checkpoint"
+        if (here / "cut" / "summary.json").exists():
+            break
+    finished(values | {"output": "cut"}, True)
     same(outcome(here / "cut"), outcome(here / "whole"))
     assert not list((here / "cut").glob(".*")) and not (here / "cut" / "checkpoint").exists()
 

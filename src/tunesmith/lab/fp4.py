@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from ..engine.hadamard import transform
-from ..errors import TunesmithError, nearest
+from ..errors import TunesmithError, invalid
 from ..quantize import floats
 
 Operand = Literal["x", "W", "g"]
@@ -36,10 +36,7 @@ class FP4(BaseModel):
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            first = error.errors()[0]
-            key = str(first["loc"][0])
-            hint = nearest(key, FP4.model_fields) if first["type"] == "extra_forbidden" else f": {first['msg'].lower()}"
-            raise TunesmithError(f"FP4 has no option {key!r}{hint}" if first["type"] == "extra_forbidden" else f"FP4: {key}={first['input']!r} is not valid{hint}") from None
+            raise TunesmithError(invalid("FP4", error, FP4.model_fields, "option")) from None
         if self.scale == "e8m0" and self.tensor_scale:
             raise TunesmithError("tensor_scale is for scales of e4m3 and e5m3; e8m0 has all exponents that float32 has")
         if self.scale != "e8m0" and self.mode != "floor":
@@ -68,11 +65,7 @@ def _blocks(x: Tensor, k: int) -> Tensor:
 def steps(blocks: Tensor, config: FP4) -> Tensor:
     """What each block's E2M1 values are multiplied by, (m, blocks, 1)."""
     absmax = blocks.abs().amax(-1, keepdim=True)
-    if config.scale == "e8m0":
-        return torch.ldexp(torch.ones_like(absmax), floats.e8m0(absmax, config.mode))
-    whole = absmax.amax() / (floats.LARGEST * floats.SCALES[config.scale][1]) if config.tensor_scale else absmax.new_ones(())
-    whole = torch.where(whole > 0, whole, 1)
-    return floats.scale8_value(floats.scale8(absmax / (floats.LARGEST * whole), config.scale).clamp(min=1), config.scale, absmax.dtype) * whole
+    return floats.scale_of(floats.fit(absmax, config.scale, config.mode, config.tensor_scale), config.scale, absmax.dtype)
 
 
 def quantise(x: Tensor, config: FP4, generator: torch.Generator | None = None) -> Tensor:

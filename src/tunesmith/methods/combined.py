@@ -104,6 +104,18 @@ class Combined(Method):
     def calibrated(self):
         return tuple({name for config in self.configs for name in config.calibrated})
 
+    @property
+    def calibration_optional(self):
+        return all(config.calibration_optional for config in self.configs if config.calibrated)
+
+    @property
+    def from_original(self):
+        return any(config.from_original for config in self.configs)
+
+    def rounding(self, W, format, keep=False):
+        own = next((config for config in self.configs if type(config).rounding is not Method.rounding), None)
+        return own.rounding(W, format, keep) if own else super().rounding(W, format, keep)
+
     def for_tasks(self, count):
         return self.model_copy(update={"parts": [config.for_tasks(count).dump() for config in map(parse, self.parts)]})
 

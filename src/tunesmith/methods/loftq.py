@@ -7,7 +7,7 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from ..quantize import Format, PackedWeight
-from .lora import LoRA, LoRALayer
+from .lora import LoRA, LoRALayer, pissa
 
 
 class LoftQLayer(LoRALayer):
@@ -18,15 +18,8 @@ class LoftQLayer(LoRALayer):
         W = site.parameter
         if isinstance(W, PackedWeight) and W.original is not None:
             with torch.no_grad():
-                A, B = principal(W.original.to(self.A.dtype) - W.dequantize().to(self.A.dtype), config.rank)
-                self.A.zero_()[: len(A)], self.B[:, : B.shape[1]] = A / self.scale**0.5, B / self.scale**0.5
-
-
-def principal(E: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """A = S½Vᵀ (r, in) and B = US½ (out, r) of the top r singular triplets of E."""
-    U, S, Vh = torch.linalg.svd(E, full_matrices=False)
-    root = S[:r].sqrt()
-    return root[:, None] * Vh[:r], U[:, :r] * root
+                A, B = pissa(W.original.to(self.A.dtype) - W.dequantize().to(self.A.dtype), config.rank, self.scale)
+                self.A.zero_()[: len(A)], self.B[:, : B.shape[1]] = A, B
 
 
 class LoftQ(LoRA):
@@ -52,7 +45,7 @@ class LoftQ(LoRA):
         exact, low, best = W.detach().float(), 0.0, None
         for _ in range(self.iterations):
             Q = PackedWeight.of(exact - low, format).dequantize()
-            A, B = principal(exact - Q, self.rank)
+            A, B = pissa(exact - Q, self.rank, 1.0)
             rest = (exact - Q - B @ A).norm()
             if best is None or rest < best[0]:
                 best = rest, exact - low

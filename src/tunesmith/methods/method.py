@@ -11,7 +11,7 @@ from ..engine.adapter import Adapter, ValueAdapter
 from ..engine.calls import score
 from ..engine.model import Record, attach, check_name, unwrap
 from ..engine.sites import Site, Targets, check_kind, find, float_dtype, matches, sites, within
-from ..errors import TunesmithError, nearest
+from ..errors import TunesmithError, invalid, nearest
 from ..quantize import Format, PackedWeight
 from .peft_targets import exactly
 from .select import layers
@@ -56,7 +56,7 @@ class Method(BaseModel):
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            raise TunesmithError(invalid(type(self), error)) from None
+            raise TunesmithError(invalid(f"method {self.method!r}", error, type(self).model_fields)) from None
 
     def layer(self, site: Site) -> Adapter:
         """The adapter of one site, newly initialised."""
@@ -179,15 +179,6 @@ def parse(method: "Method | str | dict") -> Method:
     return registry[name](**fields)
 
 
-def invalid(cls: type[Method], error: ValidationError) -> str:
-    """The first thing wrong with a config, in one sentence."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])[:80]
-    if first["type"] == "extra_forbidden":
-        return f"method {cls.method!r} has no field {key!r}{nearest(key, cls.model_fields) or '; it has ' + ', '.join(cls.model_fields)}"
-    return f"method {cls.method!r}: {key}={first['input']!r:.80} is not valid: {first['msg'].lower()}"
-
-
 def override(config: Method, fields: dict) -> Method:
     """`config` with some fields changed, or another method's config when `fields` names one."""
     if not fields:
@@ -225,7 +216,8 @@ def adapt(
             if not configs[path].count(site):
                 raise TunesmithError(f"{configs[path].method} has nothing to train at {path!r}")
     by_path = {path: site for path, (site, _) in chosen.items()}
-    if scored := {path: by_path[path] for path, each in configs.items() if each.calibrated}:
+    scored = {path: by_path[path] for path, each in configs.items() if each.calibrated and not _needless(each, by_path[path])}
+    if scored:
         if calibrate is None and not all(configs[path].calibration_optional for path in scored):
             raise TunesmithError(f"{config.method} starts from the model's gradients here: pass adapt(..., calibrate=function), which runs forward and backward on some batches")
         if calibrate:
@@ -238,6 +230,11 @@ def adapt(
         for site in by_path.values():
             site.seen = {}
     return model
+
+
+def _needless(config: Method, site: Site) -> bool:
+    """Whether a site's calibration would serve nothing: it tells how to start from an original that is not there."""
+    return config.calibration_optional and config.from_original and getattr(site.parameter, "original", None) is None
 
 
 def selected(config: Method, model: nn.Module) -> dict[str, tuple[Site, dict]]:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.adapter import WeightAdapter
+from ..engine.fused.quantised import passed
 from ..engine.sites import Site
 from ..errors import TunesmithError
 from ..quantize import Format, PackedWeight
@@ -39,7 +40,7 @@ class PartLayer(WeightAdapter):
         """The packed weight and the part it is read with; the gradient passes the part's rounding."""
         packed = W if self.own is None else self.own
         exact = self.trained(packed.format.stats(packed.parts)[self.part])
-        return packed, exact + (exact.to(self.stored).to(exact.dtype) - exact).detach()
+        return packed, passed(exact.to(self.stored).to(exact.dtype), exact)
 
     def merged(self, W, b):
         packed, part = self.read(W)

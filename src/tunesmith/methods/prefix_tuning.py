@@ -118,7 +118,6 @@ class PrefixTuning(Method):
     method, family, title, paper = "prefix-tuning", "prompt", "Prefix tuning", "arXiv:2101.00190"
     works_on = ("tokens",)
     mergeable = False
-    quantized_base_ok = True
     identity = False
     default_lr = 3e-2
 

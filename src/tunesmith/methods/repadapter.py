@@ -54,8 +54,8 @@ class RepAdapter(Method):
     """RepAdapter (Luo et al. 2023, arXiv 2302.08106): x + s·(B(A x + a) + b) in place of the input of each attention and feed-forward block.
 
     The layers that read one input (queries, keys and values; gate and up) share an adapter. It has no a and b in front of layers
-    without a bias, so that all of it merges. The authors choose s for each task among 0.1, 0.5, 1, 5, 10. Trained are 239,808 numbers for ViT-B/16; the paper's 0.22 M are those without a and b. Raises
-    `TunesmithError` where `groups` do not divide the bottleneck and the layer's inputs.
+    without a bias, so that all of it merges. The authors choose s for each task among 0.1, 0.5, 1, 5, 10. Trained are 239,808
+    numbers for ViT-B/16; the paper's 0.22 M are those without a and b. Raises `TunesmithError` where `groups` do not divide the bottleneck and the layer's inputs.
     """
 
     method, family, title, paper = "repadapter", "adapter", "Reparametrised adapter", "arXiv:2302.08106"

@@ -82,8 +82,8 @@ class SeriesAdapter(BottleneckMethod):
     `placement` says where, unless `targets` names layers: "pfeiffer" (Pfeiffer et al. 2021, arXiv 2005.00247) puts one adapter
     behind the last linear layer of each feed-forward block, the placement of the published parameter counts, "houlsby" (Houlsby
     et al. 2019, arXiv 1902.00751) one more behind the attention's output projection. Both are before the residual is added; in
-    those papers they have biases (`bias=True`), and Houlsby's norms train too (`combined` with `ln-tuning`). `place="auto"` puts the adapter before a layer that widens and after any other, as the
-    authors' code does. The library's start is U = 0 (identity); `init="bert"` is the authors' N(0, 0.02²), not an identity.
+    those papers they have biases (`bias=True`), and Houlsby's norms train too (`combined` with `ln-tuning`). `place="auto"` puts
+    the adapter before a layer that widens and after any other, as the authors' code does. The library's start is U = 0 (identity); `init="bert"` is the authors' N(0, 0.02²), not an identity.
     """
 
     method, title, paper = "series-adapter", "Series bottleneck adapter", "arXiv:2304.01933"

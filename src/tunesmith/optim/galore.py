@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import TunesmithError, nearest
-from ..quantize.formats import closest, dynamic_map
+from ..quantize.formats import BLOCK, blockwise, dynamic_map, unblocked
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
-BLOCK = 256  # entries of an 8-bit moment that share a scale
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # whether there are negative ones
 
 
@@ -78,20 +77,6 @@ def levels(signed: bool) -> list[float]:
         return dynamic_map()
     edges = (torch.linspace(0.1, 1, 2 ** (i + 1) + 1, dtype=torch.float64) * 10.0 ** (i - 6) for i in range(7))
     return sorted([0.0, 1.0, *(v for e in edges for v in ((e[1:] + e[:-1]) / 2).tolist())])
-
-
-def encode(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """Codes of x, uint8 in its shape, and the largest magnitude of each 256 consecutive entries, in x's dtype."""
-    blocks = nn.functional.pad(x.flatten(), (0, -x.numel() % BLOCK)).view(-1, BLOCK)
-    scale = blocks.abs().amax(1)
-    codes = closest(blocks / torch.where(scale == 0, 1, scale)[:, None], torch.tensor(levels(signed)).to(x))
-    return codes.flatten()[: x.numel()].view(x.shape).clone(), scale
-
-
-def decode(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
-    """The values that `encode` rounded to."""
-    values = torch.tensor(levels(signed)).to(scale)[codes.flatten().int()]
-    return values.mul_(scale.repeat_interleave(BLOCK)[: len(values)]).view(codes.shape)
 
 
 def _count(v: Any) -> bool:
@@ -184,7 +169,7 @@ class GaLore(torch.optim.Optimizer):
         root = v.sqrt()
         if group["bits"] == 8:
             for (key, signed), value in zip(MOMENTS.items(), (m, root), strict=True):
-                state[key], state[f"{key}_scale"] = encode(value, signed)
+                state[key], state[f"{key}_scale"] = blockwise(value, levels(signed))
         N = m.div(root.add_(group["eps"]))
         state["step"] = k + 1
         size = -lr * math.sqrt(1 - b2 ** (k + 1)) / (1 - b1 ** (k + 1))
@@ -210,7 +195,7 @@ class GaLore(torch.optim.Optimizer):
             state[key] = zero
         if bits == 32:
             return state[key]
-        value = decode(state[key], state[f"{key}_scale"], MOMENTS[key])
+        value = unblocked(state[key], state[f"{key}_scale"], levels(MOMENTS[key]))
         return value if MOMENTS[key] else value.square_()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -77,18 +77,20 @@ def scale8_value(codes: Tensor, name: Literal["e4m3", "e5m3"], dtype: torch.dtyp
     return torch.where(e == 0, torch.ldexp(m, torch.tensor(low - 3)), torch.ldexp(m + 8, e + low - 4))
 
 
-def fit(groups: Tensor, family: Literal["mx", "nv"]) -> dict[str, Tensor]:
-    """The stored scales of groups (n, k): E8M0 codes, or E4M3 codes with a float32 scale for the whole."""
-    absmax = groups.abs().amax(1)
-    if family == "mx":
-        return {"scale": (e8m0(absmax) + 127).to(torch.uint8)}
-    whole = (absmax.amax() / (LARGEST * SCALES["e4m3"][1])).float()
-    codes = scale8(absmax / (LARGEST * torch.where(whole > 0, whole, 1)), "e4m3")
-    return {"scale": codes.clamp(min=1), "tensor": whole}  # a scale of 0 would lose a block of small weights whole
+def fit(absmax: Tensor, name: Literal["e8m0", "e4m3", "e5m3"], mode: Mode = "floor", tensor_scale: bool = False) -> dict[str, Tensor]:
+    """The stored scales of blocks with these largest magnitudes: codes, uint8 in absmax's shape, and with a tensor scale one number, `tensor`."""
+    if name == "e8m0":
+        return {"scale": (e8m0(absmax, mode) + 127).to(torch.uint8)}
+    whole = absmax.amax() / (LARGEST * SCALES[name][1]) if tensor_scale else absmax.new_ones(())
+    whole = torch.where(whole > 0, whole, 1)
+    codes = scale8(absmax / (LARGEST * whole), name).clamp(min=1)  # a scale of 0 would lose a block of small weights whole
+    return {"scale": codes} | ({"tensor": whole} if tensor_scale else {})
 
 
-def scale_of(parts: dict[str, Tensor], family: Literal["mx", "nv"]) -> Tensor:
-    """What each group's E2M1 values are multiplied by, (n,) float32."""
-    if family == "mx":
-        return torch.ldexp(torch.ones(len(parts["scale"]), device=parts["scale"].device), parts["scale"].int() - 127)
-    return scale8_value(parts["scale"], "e4m3") * parts["tensor"]
+def scale_of(parts: dict[str, Tensor], name: Literal["e8m0", "e4m3", "e5m3"], dtype: torch.dtype = torch.float32) -> Tensor:
+    """What the E2M1 values of each block are multiplied by, above 0."""
+    codes = parts["scale"]
+    if name == "e8m0":
+        return torch.ldexp(torch.ones(codes.shape, dtype=dtype, device=codes.device), codes.int() - 127)
+    value = scale8_value(codes, name, dtype)
+    return value if "tensor" not in parts else value * parts["tensor"]

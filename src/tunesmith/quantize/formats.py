@@ -18,7 +18,8 @@ from .clusters import kmeans
 
 Parts = dict[str, Tensor]
 
-SCALES = 256  # scales that share one scale of theirs under double quantisation
+SMALL = {"mx": ("e8m0", False), "nv": ("e4m3", True)}  # family: (scales of blocks, whether the matrix has one too)
+BLOCK = 256  # numbers in 8 bits that share a scale
 
 
 @functools.cache
@@ -134,7 +135,8 @@ class Format(BaseModel):
             return affine(groups, self.bits)
         if self.family == "sketch":
             return {"table": kmeans(groups, 2**self.bits, weights)}
-        return floats.fit(groups, self.family)
+        name, tensor_scale = SMALL[self.family]
+        return floats.fit(groups.abs().amax(1), name, tensor_scale=tensor_scale)
 
     def store(self, stats: Parts) -> Parts:
         """Statistics as they are kept."""
@@ -151,7 +153,7 @@ class Format(BaseModel):
         if self.family == "nf" and self.double_quant:
             return {"scale": unnested(parts)}
         if self.family in ("mx", "nv"):
-            return {"scale": floats.scale_of(parts, self.family)}
+            return {"scale": floats.scale_of(parts, SMALL[self.family][0])}
         return {name: t if t.dtype == torch.float64 else t.float() for name, t in parts.items() if name != "codes"}
 
     def code(self, groups: Tensor, stats: Parts) -> Tensor:
@@ -184,7 +186,7 @@ class Format(BaseModel):
         n, k = shape[0] * shape[1], self.group(shape)
         groups = -(-n // k)
         each = {"nf": 4, "int": 3, "mx": 1, "nv": 1, "sketch": 2 * 2**self.bits}[self.family]
-        scales = groups + 4 * -(-groups // SCALES) + 4 if self.double_quant else groups * each + (4 if self.family == "nv" else 0)
+        scales = groups + 4 * -(-groups // BLOCK) + 4 if self.double_quant else groups * each + (4 if self.family == "nv" else 0)
         return packing.size(n, self.bits) + scales
 
 
@@ -220,16 +222,26 @@ def affine(groups: Tensor, bits: int) -> Parts:
 def nested(scale: Tensor) -> Parts:
     """Double quantisation of scales (n,): 8-bit codes, a float32 scale for each 256 of them and the mean."""
     offset = scale.mean()
-    blocks = torch.nn.functional.pad(scale - offset, (0, -len(scale) % SCALES)).view(-1, SCALES)
-    outer = blocks.abs().amax(1)
-    codes = closest(blocks / torch.where(outer == 0, 1, outer)[:, None], torch.tensor(dynamic_map()).to(scale))
-    return {"scale": codes.flatten()[: len(scale)], "outer": outer, "offset": offset}
+    codes, outer = blockwise(scale - offset, dynamic_map())
+    return {"scale": codes, "outer": outer, "offset": offset}
 
 
 def unnested(parts: Parts) -> Tensor:
-    codes, outer = parts["scale"], parts["outer"]
-    value = torch.tensor(dynamic_map(), device=outer.device).index_select(0, codes.int())
-    return value.mul_(outer.repeat_interleave(SCALES)[: len(codes)]).add_(parts["offset"])
+    return unblocked(parts["scale"], parts["outer"], dynamic_map()).add_(parts["offset"])
+
+
+def blockwise(x: Tensor, levels: list[float]) -> tuple[Tensor, Tensor]:
+    """Codes of x, uint8 in its shape, among ascending levels of −1 to 1, and the largest magnitude of each 256 consecutive entries."""
+    blocks = torch.nn.functional.pad(x.flatten(), (0, -x.numel() % BLOCK)).view(-1, BLOCK)
+    scale = blocks.abs().amax(1)
+    codes = closest(blocks / torch.where(scale == 0, 1, scale)[:, None], torch.tensor(levels).to(x))
+    return codes.flatten()[: x.numel()].view(x.shape).clone(), scale
+
+
+def unblocked(codes: Tensor, scale: Tensor, levels: list[float]) -> Tensor:
+    """The values that `blockwise` rounded to, in scale's dtype."""
+    values = torch.tensor(levels).to(scale).index_select(0, codes.flatten().int())
+    return values.mul_(scale.repeat_interleave(BLOCK)[: len(values)]).view(codes.shape)
 
 
 def _half(t: Tensor) -> Tensor:

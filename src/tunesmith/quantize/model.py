@@ -51,8 +51,10 @@ def quantize(
         if calibrate:
             score(model, part, calibrate, ("moments",))
         for path, site in part.items():
-            done.setdefault(id(site.parameter), _packed(path, site, format, keep, rounding))
-            site.holder._parameters[site.weight] = done[id(site.parameter)]
+            key = id(site.parameter)
+            if key not in done:
+                done[key] = _packed(path, site, format, keep, rounding)
+            site.holder._parameters[site.weight] = done[key]
             site.seen = {}
     return model
 
@@ -91,7 +93,9 @@ def dequantize(model: nn.Module) -> nn.Module:
     plain: dict[int, nn.Parameter] = {}
     for site in sites(model):
         if isinstance(W := site.values.get(site.weight), PackedWeight):
-            site.holder._parameters[site.weight] = plain.setdefault(id(W), nn.Parameter(W.dequantize(), requires_grad=False))
+            if id(W) not in plain:
+                plain[id(W)] = nn.Parameter(W.dequantize(), requires_grad=False)
+            site.holder._parameters[site.weight] = plain[id(W)]
     return model
 
 

@@ -76,9 +76,9 @@ class PackedWeight(Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func is F.linear:
-            x, W, b = (*args, None)[:3] if not kwargs else (lambda input, weight, bias=None: (input, weight, bias))(*args, **kwargs)
-            if isinstance(W, PackedWeight) and not isinstance(x, PackedWeight):
-                return frozen_linear(x, W, b)
+            call = dict(zip(("input", "weight", "bias"), args, strict=False)) | (kwargs or {})
+            if isinstance(call["weight"], PackedWeight) and not isinstance(call["input"], PackedWeight):
+                return frozen_linear(call["input"], call["weight"], call.get("bias"))
         return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})  # results of other operations are ordinary tensors
 
     @classmethod

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from ..engine.model import hubs, state_of
-from ..errors import TunesmithError, nearest
+from ..errors import TunesmithError, invalid, nearest
 from ..methods.select import layers
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -38,10 +38,7 @@ class IST(BaseModel):
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            first = error.errors()[0]
-            key = str(first["loc"][0])
-            what = f"has no field {key!r}{nearest(key, IST.model_fields)}" if first["type"] == "extra_forbidden" else f"{key}={first['input']!r}: {first['msg'].lower()}"
-            raise TunesmithError(f"selection ist {what}") from None
+            raise TunesmithError(invalid("selection ist", error, IST.model_fields)) from None
 
 
 def parse(value: Any) -> IST:

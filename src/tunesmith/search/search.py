@@ -21,7 +21,6 @@ from . import page
 from .sampler import HypervolumeSampler, names
 from .space import Point, Space
 
-COSTS = {"trainable": "trained parameters", "train_s": "training time in s", "peak_mb": "peak memory in MB"}
 HEARTBEAT, GRACE = 20, 60  # seconds between a worker's signs of life, and after which one without is taken for dead
 
 
@@ -55,8 +54,8 @@ def search(
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space, output, tell = space or Space(), Path(output), progress or (lambda event: None)
-    if cost not in COSTS:
-        raise TunesmithError(f"there is no cost {cost!r}{nearest(cost, COSTS)}; there are {', '.join(COSTS)}")
+    if cost not in page.TITLES:
+        raise TunesmithError(f"there is no cost {cost!r}{nearest(cost, page.TITLES)}; there are {', '.join(page.TITLES)}")
     if isinstance(base, Recipe):
         base = base.model_dump(mode="json", exclude_unset=True)
     base = {key: value for key, value in base.items() if key not in ("method", "output")}

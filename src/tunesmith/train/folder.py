@@ -53,11 +53,16 @@ def start(folder: Path, recipe: Recipe, data: dict[str, Any], overwrite: bool) -
         before = json.loads((folder / "data.json").read_text())
         if before["fingerprint"] != data["fingerprint"]:
             raise TunesmithError(f"the run in {folder} cannot go on: the data in {data['source']} has changed since it began")
-    for left in folder.glob(".*"):  # of a write that a kill cut off
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    tidy(folder)
     atomic_write(folder / "recipe.yaml", recipes.dump(recipe))
     write_json(folder / "versions.json", versions())
     write_json(folder / "data.json", data)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a kill in the middle of a write left behind."""
+    for left in folder.glob(".*"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def versions() -> dict[str, Any]:

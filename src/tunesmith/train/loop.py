@@ -24,6 +24,7 @@ from ..data import columns as cols
 from ..data import tasks
 from ..errors import TunesmithError
 from ..methods import parse
+from ..models import evaluating
 from ..quantize import forget
 from ..schedule import ist
 from . import base, checkpoint, memory, report
@@ -108,6 +109,7 @@ def _run(recipe, progress, resume, overwrite):
         dist.barrier()  # everyone has looked before the first one writes
     if resume and (folder / "summary.json").exists():
         tell({"event": "note", "text": f"the run in {folder} is finished already"})
+        run_folder.tidy(folder)
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # a kill came before it was removed
         report.write(folder)
         summary = json.loads((folder / "summary.json").read_text())
@@ -163,11 +165,8 @@ def _run(recipe, progress, resume, overwrite):
         """The loss of one batch of training examples, of an order of their own."""
         epoch, i = divmod(index, math.ceil(len(examples) / PROBE))
         inputs = inputs_of(data.batches(examples, PROBE, recipe.seed, -1 - epoch)[i])
-        training = model.training
-        with torch.no_grad(), in_tasks(model.eval(), inputs.get("task_ids")):
-            loss = loss_of(model, inputs, task, max(predicted(inputs["labels"]), 1)).item()
-        model.train(training)
-        return loss
+        with evaluating(model), in_tasks(model, inputs.get("task_ids")):
+            return loss_of(model, inputs, task, max(predicted(inputs["labels"]), 1)).item()
 
     # The adapter and its optimiser.
     seed(recipe.seed, "adapter")

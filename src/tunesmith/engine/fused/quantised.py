@@ -37,12 +37,12 @@ def quantised(V: Tensor, s: Tensor, b: Tensor, bits: int, g: float = 1.0) -> Ten
 
     Rounding and the floor of s pass gradients on as they are; those of s and b are multiplied by `g`.
     """
-    s, b = (_passed(value, t[:, None], g) for value, t in zip(columns(V, s, b), (s, b), strict=True))
+    s, b = (passed(value, t[:, None], g) for value, t in zip(columns(V, s, b), (s, b), strict=True))
     v = grid(V, s, b, bits)[1]
-    return (s * _passed(v.round(), v) + b).view_as(V)
+    return (s * passed(v.round(), v) + b).view_as(V)
 
 
-def _passed(value: Tensor, t: Tensor, g: float = 1.0) -> Tensor:
+def passed(value: Tensor, t: Tensor, g: float = 1.0) -> Tensor:
     """`value`, exactly, with g times the gradient of t."""
     return value.detach() + g * (t - t.detach()) if torch.is_grad_enabled() else value
 
