@@ -4,6 +4,7 @@
     python benchmarks/leaderboard.py runs/whole/compare.json whole
 
 Writes docs/leaderboard/NAME.json and NAME.csv without the paths of runs, and the table between the marks NAME in README.md.
+Rows that are there already and were not measured again are kept; both comparisons must have the same recipe.
 """
 
 import csv
@@ -16,10 +17,21 @@ FOLDER = Path(__file__).parents[1] / "docs" / "leaderboard"
 KEPT = ("label", "method", "value", "spread", "trainable", "percent", "bytes", "train_s", "peak_mb")
 
 
+def plain(row: dict) -> dict:
+    """A row's method without the rate that was chosen for it."""
+    return {key: value for key, value in row["method"].items() if key != "lr"}
+
+
 def main(source: str, name: str) -> None:
     result = json.loads(Path(source).read_text(encoding="utf-8"))
-    rows = sorted(({key: row[key] for key in KEPT} | {"values": [run["value"] for run in row["runs"]]} for row in result["rows"]), key=lambda row: -row["value"])
     about = {key: result[key] for key in ("base", "model", "task", "metric", "measured_on", "failures")}
+    rows = [{key: row[key] for key in KEPT} | {"values": [run["value"] for run in row["runs"]]} for row in result["rows"]]
+    if (FOLDER / f"{name}.json").exists():
+        before = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+        if before["base"] != result["base"]:
+            raise SystemExit(f"{source} was measured with another recipe than docs/leaderboard/{name}.json: {result['base']} and {before['base']}")
+        rows += [row for row in before["rows"] if plain(row) not in map(plain, rows)]
+    rows.sort(key=lambda row: -row["value"])
     (FOLDER / f"{name}.json").write_text(json.dumps(about | {"rows": rows}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     with (FOLDER / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")

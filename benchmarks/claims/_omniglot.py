@@ -60,7 +60,7 @@ def vit() -> ViTModel:
         "num_hidden_layers": 6,
         "num_attention_heads": 4,
         "image_size": 28,
-        "patch_size": 4,
+        "patch_size": 7,
         "num_channels": 1,
     }
     return ViTModel(ViTConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), add_pooling_layer=False)

@@ -90,7 +90,7 @@ def scores(model, heads, texts, rows):
     length = int(mask.sum(1).max())
     mask = mask[:, :length]
     with ts.tasks(model, texts.domain[rows]):
-        h = model(input_ids=texts.inputs["input_ids"][rows, :length], attention_mask=mask).last_hidden_state
+        h = model(input_ids=texts.inputs["input_ids"][rows, :length], attention_mask=mask).last_hidden_state.float()
     mean = (h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
     return torch.einsum("nd,ncd->nc", F.normalize(mean, dim=1), heads[texts.domain[rows]])
 
@@ -139,7 +139,7 @@ def alignment(model, heads, texts, rows):
 def main():
     torch.set_num_threads(1)
     classifier, tokenizer = models.load("minilm", "classification", labels=["a", "b"])
-    base, splits = classifier.bert, {name: data.load("clinc150", name) for name in ("train", "val", "test")}
+    base, splits = classifier.bert.to(torch.bfloat16), {name: data.load("clinc150", name) for name in ("train", "val", "test")}
     base.pooler = None
     old = {name: Texts(rows, OLD, tokenizer) for name, rows in splits.items()}
     new = {domain: {name: Texts(rows, [domain], tokenizer) for name, rows in splits.items()} for domain in NEW}
