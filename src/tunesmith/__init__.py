@@ -10,11 +10,12 @@ _HOMES = {
     "tunesmith.engine.calls": ["mixed", "tasks", "auxiliary_loss"],
     "tunesmith.engine.account": ["summary", "Summary"],
     "tunesmith.engine.loss": ["causal_lm_loss"],
-    "tunesmith.schedule": ["stages", "IST"],
+    "tunesmith.schedule": ["stages", "IST", "LightPEFT"],
+    "tunesmith.pruning": ["prune"],
     "tunesmith.methods.store": ["save", "load"],
     "tunesmith.methods": [
         "adapt", "Method", "MethodInfo", "co_permuted", "density", "drop_encoder", "ranks", "few_shot", "AdaLoRA", "Bat", "BitFit", "Bone", "Combined", "Convpass", "DePT", "DoRA", "FacTTK", "FacTTT", "FourierFT", "Full", "HUT", "IA3", "ID3", "L4Q", "LinearProbe",
-        "LNTuning", "LoftQ", "LoRA", "MHR", "MiSS", "MoLA", "NeuroAda", "PaCA", "ParallelAdapter", "PEQA", "PiSSA", "Poly", "PrefixTuning", "PromptTuning", "PTuning", "QWHA", "RepAdapter", "RSLoRA", "S2FT", "S2LoRA", "SeriesAdapter", "SHiRA", "SketchTune", "SNELL", "SNELLA", "SoKA", "SPTAdapter", "SPTLoRA", "SSF",
+        "LNTuning", "LoftQ", "LoRA", "MaskTuning", "MHR", "MiSS", "MoLA", "NeuroAda", "PaCA", "ParallelAdapter", "PEQA", "PiSSA", "Poly", "PrefixTuning", "PromptTuning", "PTuning", "QWHA", "RepAdapter", "RSLoRA", "S2FT", "S2LoRA", "SeriesAdapter", "SHiRA", "SketchTune", "SNELL", "SNELLA", "SoKA", "SPTAdapter", "SPTLoRA", "SSF",
         "TransformedLoRA", "VeRA", "VPT", "WaRA",
     ],
 }  # fmt: skip

@@ -31,6 +31,7 @@ CANNOT = {
     "fact-tk": {"convnet"},
     "fact-tt": {"convnet"},
     "l4q": {"convnet"},
+    "mask-tuning": {"convnet"},
     "mhr": {"convnet"},
     "mola": {"convnet"},
     "parallel-adapter": {"convnet"},

@@ -25,6 +25,7 @@ class Adapter(nn.Module):
     why_not = "it is not a change of the weights; keep it attached"  # what `merge` says where `mergeable` is False
     grows = False  # whether its tensors may start empty
     limits: ClassVar[dict[str, int]] = {}  # of the positions in its integer tensors, which a file must not exceed
+    dims: ClassVar[dict[str, tuple[str, ...]]] = {}  # its tensors' dimensions, each "rank", "in", "out" or "": what Light-PEFT can cut
 
     def forward(self, base: "Base", *args, **kwargs):
         """`base(*args)` is the module as it is below this adapter; `base.W`, `base.b` are its matrix and bias."""

@@ -64,6 +64,11 @@ def fingerprint(model: nn.Module, without: set[str] = frozenset()) -> dict[str, 
     return {"structure": structure.hexdigest()[:16], "content": content.hexdigest()[:16]}
 
 
+def pruned_units(model: nn.Module) -> dict[str, list[int]]:
+    """What is left of the units of a pruned model's blocks, by the path of the layer that reads them."""
+    return dict(unwrap(model).__dict__.get("_tunesmith_pruned", {}))
+
+
 def save(model: nn.Module, folder: str | Path, name: str, version: str) -> None:
     """Write one adapter as a folder that appears whole or not at all."""
     record = record_of(model, name)
@@ -83,6 +88,7 @@ def save(model: nn.Module, folder: str | Path, name: str, version: str) -> None:
         "packed": sorted(packed),
         "sha256": hashlib.sha256(data).hexdigest(),
         "lineage": record.lineage,
+        "pruned": pruned_units(model),
     }
     card["checksum"] = checksum(card)
     write(folder, {WEIGHTS: data, CARD: json.dumps(card, indent=1) + "\n"})
@@ -153,9 +159,12 @@ def read(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def check_base(model: nn.Module, card: dict, force: bool) -> None:
     """Raises `TunesmithError` where the adapter was trained on another base, unless `force`."""
-    now, then = fingerprint(model, set(card["modules_to_save"])), card["base"]
     if force:
         return
+    if (pruned := card.get("pruned", {})) != pruned_units(model):
+        what = "a model without some heads and channels; call prune(model, folder) first" if pruned else "the whole model, not for one that was pruned; load the model anew"
+        raise TunesmithError(f"the adapter is for {what}")
+    now, then = fingerprint(model, set(card["modules_to_save"])), card["base"]
     if now["structure"] != then["structure"]:
         raise TunesmithError(f"the adapter is for another base: {then['class']} {then['name']!r} with other layers than this {base_class(model)}; load that model, or force it")
     if now["content"] != then["content"] and not any(p.is_meta for p in unwrap(model).parameters()):

@@ -7,6 +7,8 @@ import torch
 
 import tunesmith as ts
 
+from .. import pruning
+from ..engine.store import pruned_units
 from ..errors import TunesmithError, nearest
 from ..files import atomic_folder
 from ..quantize import dequantize, formats, packed_weights, quantize, save
@@ -40,13 +42,20 @@ def merge_to_folder(run_folder: str | Path, out: str | Path, format: Any = None,
         effect = (_logits(model, ids) - adapted).abs().mean().item()
     packed_before = set(packed_weights(model))
     ts.merge(model, unload=True)
+    if pruned_units(model) and (format is not None or (packed_before and packed_before <= set(packed_weights(model)))):
+        raise TunesmithError("a model that is both pruned and packed has no file format; merge the run without rounding")
     if format is not None:
         quantize(dequantize(model), format)
     elif not packed_before <= set(packed_weights(model)):  # the method leaves matrices
         dequantize(model)
     logging.disable_progress_bar()
     with atomic_folder(out) as folder:
-        save(model, folder, run.recipe.model) if packed_weights(model) else model.save_pretrained(folder)
+        if packed_weights(model):
+            save(model, folder, run.recipe.model)
+        elif pruned_units(model):
+            pruning.save(model, folder, run.recipe.model)
+        else:
+            model.save_pretrained(folder)
         run.tokenizer.save_pretrained(folder)
         written, _ = base.load(str(folder), run.task.name, run.labels, run.recipe.dtype)
         error = (_logits(written.to(device), ids) - adapted).abs()

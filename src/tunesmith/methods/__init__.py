@@ -19,6 +19,7 @@ from .id3 import ID3
 from .l4q import L4Q
 from .loftq import LoftQ
 from .lora import LoRA, PiSSA, RSLoRA
+from .mask_tuning import MaskTuning
 from .method import Method, adapt, parse, registry
 from .mhr import MHR, Poly, few_shot
 from .mola import MoLA

@@ -1,5 +1,7 @@
 """DoRA: magnitude and direction of the weight apart, the direction changed by LoRA."""
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -10,6 +12,8 @@ from .lora import LoRA, LoRALayer
 
 class DoRALayer(LoRALayer):
     """y = (m/‖V‖_row)·(V x) + b with V = W + s·BA; the norm is a constant in the backward (DoRA eq. 11)."""
+
+    dims: ClassVar[dict[str, tuple[str, ...]]] = {}  # a norm holds for all of a row
 
     def __init__(self, config, site):
         super().__init__(config, site)

@@ -19,6 +19,8 @@ from .peft_targets import check_paths, exactly, patterned, patterns
 class LoRALayer(WeightAdapter):
     """y = base(x) + s·B A drop(x), A (r, in), B (out, r); with a start from W, s·(BA − B₀A₀) for B₀A₀ what A and B started as."""
 
+    dims: ClassVar[dict[str, tuple[str, ...]]] = {"A": ("rank", "in"), "B": ("out", "rank"), "A0": ("rank", "in"), "B0": ("out", "rank"), "bias": ("out",)}
+
     def __init__(self, config: "LoRA", site: Site):
         super().__init__()
         self.scale, self.dropout = config.scale, config.dropout
@@ -127,6 +129,9 @@ class LoRA(Method):
     def count(self, site):
         bias = site.out_features if self.bias != "none" and site.bias else 0
         return self.rank * (site.in_features + site.out_features) + bias
+
+    def resized(self, rank):
+        return self.model_copy(update={"rank": rank, "alpha": self.scale * (rank**0.5 if self.rslora else rank)})
 
     def build(self, model, configs, by_path):
         built = super().build(model, configs, by_path)

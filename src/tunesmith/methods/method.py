@@ -127,6 +127,10 @@ class Method(BaseModel):
         between backward and that step; or None."""
         return None
 
+    def resized(self, rank: int) -> "Method":
+        """The config of a layer of which so many ranks are left, with the scale that they had; for methods whose adapters name their `dims`."""
+        raise TypeError(f"{type(self).__name__} has no ranks")
+
     peft_type: ClassVar[str | None] = None  # what Hugging Face peft calls this method; None where it has no word for it
     peft_by_site: ClassVar[bool] = True  # its tensors' keys begin with a module's path
 

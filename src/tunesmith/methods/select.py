@@ -1,12 +1,13 @@
 """The parts of a transformer that papers name, found by shape and by the field's usual names."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..engine.sites import Site, head_paths, sites, width, within
+from ..engine.store import pruned_units
 
 KEYS_AND_VALUES = {"k_proj", "v_proj", "key", "value", "k", "v", "k_lin", "v_lin", "c_attn", "query_key_value", "qkv_proj", "qkv", "Wqkv", "key_proj", "value_proj"}
 QUERY_KEY_VALUE = (
@@ -18,10 +19,10 @@ HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 
 def mlp_outputs(model: nn.Module) -> list[Site]:
     """The linear layer that ends each feed-forward block: more inputs than outputs, outputs as wide as the residual."""
-    hidden, heads = width(model), head_paths(model)
+    hidden, heads, pruned = width(model), head_paths(model), pruned_units(model)
     return [
         s for s in sites(model)
-        if s.kind == "linear" and s.out_features == hidden < s.in_features and s.path not in heads and "att" not in s.path.rsplit(".", 2)[-2:][0].lower()
+        if s.kind == "linear" and s.out_features == hidden and (s.in_features > hidden or s.path in pruned) and s.path not in heads and "att" not in s.path.rsplit(".", 2)[-2:][0].lower()
     ]
 
 
@@ -63,8 +64,11 @@ class Coupled:
 
 def coupled(model: nn.Module) -> list[Coupled]:
     """The attentions and feed-forward blocks of a model."""
-    known = sites(model)
-    return _attentions(model, known) + _feed_forwards(model, known)
+    known, pruned = sites(model), pruned_units(model)
+    found = _attentions(model, known)
+    taken = {s.path for c in found for s in (c.outer, *c.inner)}
+    found += _feed_forwards([s for s in mlp_outputs(model) if s.path not in taken], [s for s in known if s.path not in taken])
+    return [replace(c, free=True) if c.outer.path in pruned else c for c in found]  # as it was before, whatever sizes coincide now
 
 
 def _around(path: str) -> tuple[str, str]:
@@ -121,8 +125,8 @@ def _groups(made: int, heads: int, size: int) -> int:
     return groups if groups > 0 and size % heads == heads % groups == 0 and (heads + 2 * groups) * size == made * heads else 0
 
 
-def _feed_forwards(model: nn.Module, known: list[Site]) -> list[Coupled]:
-    ends, found = mlp_outputs(model), []
+def _feed_forwards(ends: list[Site], known: list[Site]) -> list[Coupled]:
+    found = []
     for outer in ends:
         for place in _around(outer.path):
             inner = [s for s in known if s.kind == "linear" and within(s.path, [place]) and s.shape == outer.shape[::-1]]

@@ -56,6 +56,9 @@ class BottleneckMethod(Method):
     bias: bool = False
     init: Literal["zero", "bert"] = "zero"
 
+    def resized(self, rank):
+        return self.model_copy(update={"bottleneck": rank})
+
     def cost(self, inputs: int, outputs: int) -> int:
         """Parameters of a bottleneck between so many inputs and outputs."""
         return self.bottleneck * (inputs + outputs) + (self.bottleneck + outputs if self.bias else 0)
@@ -67,7 +70,8 @@ class SeriesAdapterLayer(Bottleneck):
     def __init__(self, config: "SeriesAdapter", site: Site, before: bool):
         d = site.in_features if before else site.out_features
         super().__init__(config, site, d, d)
-        self.before = before
+        side = "in" if before else "out"
+        self.before, self.dims = before, {"down": ("rank", side), "up": (side, "rank"), "down_bias": ("rank",), "up_bias": (side,)}
 
     def forward(self, base, x, *args, **kwargs):
         if self.before:

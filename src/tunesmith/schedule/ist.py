@@ -40,6 +40,9 @@ class IST(BaseModel):
         except ValidationError as error:
             raise TunesmithError(invalid("selection ist", error, IST.model_fields)) from None
 
+    def begin(self, model: nn.Module, total_steps: int, probe: Callable[[int], float] | None, seed: int) -> "ISTStage":
+        return ISTStage(self, model, probe, seed)
+
 
 def parse(value: Any) -> IST:
     """The selection that a recipe names: ist, rst (random layers), or a mapping with the key `selection` and its fields."""

@@ -140,6 +140,7 @@ def open_run(folder: str | Path, adapter: bool = True, device: str | None = None
     """
     import tunesmith as ts
 
+    from ..engine import store
     from ..methods import parse
     from ..quantize import forget
     from . import base
@@ -160,7 +161,8 @@ def open_run(folder: str | Path, adapter: bool = True, device: str | None = None
         raise TunesmithError(f"{folder}/data.json is missing or damaged; train the run anew (--overwrite)") from error
     if adapter and not (folder / "adapter").is_dir():
         raise TunesmithError(f"{folder} holds no adapter yet; finish it with `tunesmith train {folder} --resume`")
-    model, tokenizer = base.load(recipe.model, task.name, labels, recipe.dtype, recipe.seed, recipe.quantize, parse(recipe.method))
+    units = store.read_json(folder / "adapter" / store.CARD).get("pruned") if adapter else None
+    model, tokenizer = base.load(recipe.model, task.name, labels, recipe.dtype, recipe.seed, recipe.quantize, parse(recipe.method), units)
     if adapter:
         ts.load(model, folder / "adapter")
     forget(model)

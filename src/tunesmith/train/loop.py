@@ -26,7 +26,7 @@ from ..errors import TunesmithError
 from ..methods import parse
 from ..models import evaluating
 from ..quantize import forget
-from ..schedule import ist
+from ..schedule import ist, light_peft
 from . import base, checkpoint, memory, report
 from . import folder as run_folder
 from .evaluate import evaluate
@@ -64,6 +64,15 @@ def run(recipe: Recipe, progress: Tell | None = None, resume: bool = False, over
         raise TunesmithError(
             f"the disk is full: nothing is lost up to the last checkpoint; make room and go on with `tunesmith train {recipe.output or 'RUN'} --resume`"
         ) from error
+
+
+def _first_stage(recipe, pruning, progress, overwrite) -> light_peft.Start:
+    """A short run, in a folder beside the run's own, that says what of the model and its adapter the run begins with."""
+    folder = Path(f"{recipe.output}-estimate")
+    short = {"epochs": pruning.steps, "max_steps": pruning.steps, "eval_every": pruning.steps, "test": None, "baseline": False, "output": str(folder)}
+    fields = pruning.model_dump(exclude_defaults=True) | {"prune": "light-peft", "stage": "estimate"}
+    _run(recipe.model_copy(update=short | {"prune": fields}), progress, folder.exists() and not overwrite, overwrite)
+    return light_peft.read(folder)
 
 
 def _run(recipe, progress, resume, overwrite):
@@ -104,6 +113,9 @@ def _run(recipe, progress, resume, overwrite):
         }
     )
     folder = Path(recipe.output)
+    pruning = light_peft.parse_prune(recipe.prune) if recipe.prune else None
+    if pruning and recipe.selection:
+        raise TunesmithError("prune scores all layers together, selection trains some at a time; leave one of them out")
     run_folder.check(folder, recipe, resume, overwrite)
     if world > 1:
         dist.barrier()  # everyone has looked before the first one writes
@@ -115,8 +127,12 @@ def _run(recipe, progress, resume, overwrite):
         summary = json.loads((folder / "summary.json").read_text())
         return RunResult(folder, summary["eval"], summary)
 
+    begun = _first_stage(recipe, pruning, progress, overwrite) if pruning and pruning.stage == "both" else None
+    if begun:
+        method = begun.method(method)
+
     # Model, and the examples tokenised once. A step takes `share` batches, one or more for each process.
-    model, tokenizer = base.load(recipe.model, task.name, labels, recipe.dtype, recipe.seed, recipe.quantize, method)
+    model, tokenizer = base.load(recipe.model, task.name, labels, recipe.dtype, recipe.seed, recipe.quantize, method, begun and begun.units)
     if line := base.described(model):
         tell({"event": "note", "text": line})
     model.to(device)
@@ -171,13 +187,18 @@ def _run(recipe, progress, resume, overwrite):
     # The adapter and its optimiser.
     seed(recipe.seed, "adapter")
     ts.adapt(model, with_head(method, model) if task.name == "classification" else method, calibrate=calibrate)
+    if begun:
+        begun.fill(model)
+    elif pruning:
+        pruning.prepare(model)
     forget(model)
     prepare(model, recipe.gradient_checkpointing)
     parameters = ts.trainable(model)
     optimizer = optim.build(model, recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay, head_lr=recipe.head_lr, betas=recipe.betas)
     peak_rates = [group["lr"] for group in optimizer.param_groups]
     size = ts.summary(model)
-    stages = ts.stages(model, total, ist.parse(recipe.selection) if recipe.selection else None, probe, recipe.seed)
+    selection = ist.parse(recipe.selection) if recipe.selection else pruning if not begun else None
+    stages = ts.stages(model, total, selection, probe, recipe.seed)
     if recipe.packing and any(site.kind == "tokens" for site in size.sites):
         raise TunesmithError(f"{method.method} puts its tokens before a row, not before each example packed into it; set packing=false")
 
@@ -309,6 +330,7 @@ def _run(recipe, progress, resume, overwrite):
         "steps": state.step, "epochs": state.step / per_epoch, "stopped_early": state.stopped,
     }  # fmt: skip
     log.close()
+    stages.finish(folder)
     run_folder.write_json(folder / "summary.json", summary)
     shutil.rmtree(folder / "checkpoint")
     report.write(folder)

@@ -42,6 +42,7 @@ class Recipe(BaseModel):
     packing: bool = Field(False, description="sft: several examples per row, each seeing only itself")
 
     selection: str | dict[str, Any] | None = Field(None, description="which layers train at each step: ist (by importance), rst (at random), or a mapping {selection: ist, update: 0.25}; default: all")
+    prune: str | dict[str, Any] | None = Field(None, description="cut heads, channels, adapters and ranks that a short first stage finds useless: light-peft, or a mapping {prune: light-peft, heads: 0.4, channels: 0.4, steps: 200}")
     optimizer: str | dict[str, Any] = Field("adamw", description="adamw, galore or natural-galore (full matrices, low-rank optimiser state), or a mapping such as {optimizer: galore, rank: 64}")
     lr: float | None = Field(None, gt=0, description="peak learning rate; default: the method's own")
     head_lr: float | None = Field(None, gt=0, description="peak learning rate of a new classification head; default: ten times lr, at most 0.01")
