@@ -352,6 +352,8 @@ def search(
     fidelity: Annotated[list[str] | None, typer.Option(help="A recipe key that is otherwise in the trials, e.g. limit=1000.", metavar="KEY=VALUE")] = None,
     warm_start: Annotated[Path | None, typer.Option(help="Output of an earlier search, whose front is tried first.")] = None,
     random: Annotated[bool, typer.Option("--random", help="Random search, to compare with.")] = False,
+    on: Annotated[str | None, typer.Option(help="ray: spread the trials over the Ray cluster at $RAY_ADDRESS, or one started here.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="How many, on ray; default: one for each GPU, or each CPU.")] = None,
     seed: Annotated[int, typer.Option(help="Of the proposals.")] = 0,
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors.")] = False,
@@ -375,7 +377,20 @@ def search(
         if not (quiet or as_json):
             typer.echo(f"{event['done']:4d}/{event['total']}  {event['metric']} {event['value']:.4f}  {event['cost']:,.4g}  {event['text']}", err=True)
 
-    found = run_all(base, output, load(space), trials, startup, cost, storage, low.model_dump(mode="json", exclude_unset=True) if fidelity else None, warm_start, random, seed, tell)
+    options = {
+        "space": load(space), "trials": trials, "startup": startup, "cost": cost, "storage": storage, "warm_start": warm_start, "random": random, "seed": seed,
+        "fidelity": low.model_dump(mode="json", exclude_unset=True) if fidelity else None,
+    }  # fmt: skip
+    if on not in (None, "ray"):
+        raise TunesmithError(f"--on {on}: there is ray; without it the search runs here")
+    if workers and not on:
+        raise TunesmithError("--workers is for --on ray; run the command again, in another terminal or on another machine, for more workers")
+    if on:
+        from .search.cluster import on_ray
+
+        found = on_ray(base, output, workers, progress=tell, **options)
+    else:
+        found = run_all(base, output, progress=tell, **options)
     if as_json:
         return _print_json(found)
     if not quiet:

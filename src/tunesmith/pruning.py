@@ -117,9 +117,8 @@ def restore(model: nn.Module, folder: str | Path) -> nn.Module:
     return model
 
 
-def described(model: nn.Module, whole: int) -> str:
-    """A line about what is left of a model that had `whole` parameters."""
+def described(model: nn.Module) -> str:
+    """A line about what is left of a pruned model."""
     kept = pruned_units(model)
-    left = sum(p.numel() for p in model.parameters())
-    heads = [(len(kept[path]), c) for path, c in prunable(model).items() if path in kept]
-    return f"{sum(n for n, c in heads if c.kind == 'heads'):,} heads and {sum(n for n, c in heads if c.kind == 'channels'):,} channels are left: {left:,} of {whole:,} parameters ({left / whole:.0%})"
+    left = {kind: sum(c.units for path, c in prunable(model).items() if path in kept and c.kind == kind) for kind in ("heads", "channels")}
+    return f"{left['heads']:,} heads and {left['channels']:,} channels are left of the blocks that were pruned; the whole model has {sum(p.numel() for p in model.parameters()):,} parameters"

@@ -1,5 +1,6 @@
 """Searches end to end: the front and its recipes, several workers, one that is killed, PostgreSQL."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import pytest
 
 from tunesmith import TunesmithError
 from tunesmith.search import search as module
+from tunesmith.search.cluster import on_ray
 from tunesmith.search.search import search
 from tunesmith.search.space import Space
 from tunesmith.train import recipe as recipes
@@ -146,3 +148,13 @@ def test_two_workers_share_a_postgres_database(tmp_path, base, database):
     assert len({row["number"] for row in found}) >= 4
     folders = [len(list((tmp_path / name / "trials").iterdir())) for name in ("one", "two")]
     assert min(folders) >= 1 and sum(folders) <= 6
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+def test_workers_on_ray(tmp_path, base):
+    events = []
+    found = on_ray(base, tmp_path / "s", 2, progress=events.append, space=SPACE, trials=4, startup=2)
+    assert len(found["trials"]) >= 4 and len(events) == len(found["trials"])
+    assert len({row["folder"] for row in found["trials"]}) == len(found["trials"]) and (tmp_path / "s" / "search.html").exists()
+    with pytest.raises(TunesmithError, match="of another recipe, space or cost"):
+        on_ray(base | {"epochs": 2}, tmp_path / "s", 1, space=SPACE, trials=8)

@@ -302,3 +302,9 @@ def test_a_base_in_bfloat16_with_recomputation(here, models, data):
     saved = load_file(result.folder / "adapter" / "adapter.safetensors")
     assert {t.dtype for t in saved.values()} == {torch.float32} and any(t.abs().sum() for name, t in saved.items() if name.endswith("B"))
     assert evaluate_on(result.folder, data["sums"], limit=4).metrics["loss"] > 0
+
+
+def test_texts_are_cut_to_what_a_method_takes(here, models):
+    (here / "long.csv").write_text("text,label\n" + "".join(f'"{"how do I top up " * (5 + i)}",{"ab"[i % 2]}\n' for i in range(20)))
+    run(recipes.check(QUICK | {"model": models["bert"], "data": "long.csv", "method": {"method": "combined", "parts": [{"method": "dept", "max_length": 16}, "bitfit"]}}))
+    assert recipes.load(here / "run" / "recipe.yaml").max_length == 16

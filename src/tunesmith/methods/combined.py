@@ -105,6 +105,10 @@ class Combined(Method):
         return tuple({name for config in self.configs for name in config.calibrated})
 
     @property
+    def longest(self):
+        return min((config.longest for config in self.configs if config.longest), default=None)
+
+    @property
     def calibration_optional(self):
         return all(config.calibration_optional for config in self.configs if config.calibrated)
 

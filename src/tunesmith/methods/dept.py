@@ -59,6 +59,10 @@ class DePT(PromptTuning):
 
     layer_class = DePTLayer
 
+    @property
+    def longest(self):
+        return self.max_length
+
     def size(self, width):
         return self.tokens * width + (self.max_length + width) * self.rank
 

@@ -102,6 +102,7 @@ class Method(BaseModel):
         """What the adapters are built from beside the weights: `gradient`, `squares` or `inputs`, at each site as `site.gradient` and so on."""
         return ()
 
+    longest: ClassVar[int | None] = None  # tokens of the longest text it takes
     calibration_optional: ClassVar[bool] = False  # whether adapters can be built without what `calibrated` names
     from_original: ClassVar[bool] = False  # whether adapters start from what a quantised base's weights were before they were rounded
 

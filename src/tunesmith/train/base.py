@@ -2,28 +2,26 @@
 
 from typing import Any
 
-from .. import models
+from .. import models, pruning
 from ..errors import TunesmithError
 from ..methods import Method
-from ..pruning import Units, is_pruned, prune
-from ..pruning import restore as restore_pruned
 from ..quantize.model import footprint, is_quantized, original_of, quantize, restore
 from ..quantize.packed import PackedWeight
 
 
-def load(name: str, task: str, labels: list[str] | None = None, dtype: str = "float32", seed: int = 0, format: Any = None, method: Method | None = None, units: Units | None = None):
+def load(name: str, task: str, labels: list[str] | None = None, dtype: str = "float32", seed: int = 0, format: Any = None, method: Method | None = None, units: pruning.Units | None = None):
     """`models.load`, with weights rounded to the number format `format`, or packed as the folder `name` holds them.
 
     `units`: which units a pruned model keeps (`ts.prune`); a folder that holds a pruned model says so itself. `method`: what is to be attached to the model; the packed weights know what they were made from where it starts from that.
     Raises `TunesmithError` for a format on top of a folder that is quantised already, and for pruning such a model.
     """
     model, tokenizer = models.load(name, task, labels, dtype, seed)
-    if is_pruned(name):
-        restore_pruned(model, name)
+    if pruning.is_pruned(name):
+        pruning.restore(model, name)
     if units:
         if is_quantized(name):
             raise TunesmithError(f"{name} is quantised, and packed weights lose no rows; prune the original model with quantize in the recipe")
-        prune(model, units)
+        pruning.prune(model, units)
     if is_quantized(name):
         if format:
             raise TunesmithError(f"{name} is quantised already; leave quantize out of the recipe, or name the original model")
@@ -38,8 +36,9 @@ def load(name: str, task: str, labels: list[str] | None = None, dtype: str = "fl
     return model, tokenizer
 
 
-def described(model) -> str | None:
-    """A line about packed weights."""
-    found = footprint(model)
+def described(model) -> list[str]:
+    """A line about what was cut out of the model, and one about packed weights."""
+    lines, found = [pruning.described(model)] if pruning.pruned_units(model) else [], footprint(model)
     if found["layers"]:
-        return f"{found['layers']} layers in {found['bits_per_weight']:.2f} bits per weight: {found['bytes'] / 2**20:.1f} MiB; the whole model {found['total_bytes'] / 2**20:.1f} MiB"
+        lines.append(f"{found['layers']} layers in {found['bits_per_weight']:.2f} bits per weight: {found['bytes'] / 2**20:.1f} MiB; the whole model {found['total_bytes'] / 2**20:.1f} MiB")
+    return lines

@@ -106,6 +106,7 @@ def _run(recipe, progress, resume, overwrite):
             "task": task.name,
             "columns": columns,
             "method": method.dump(),
+            "max_length": min(recipe.max_length, method.longest or recipe.max_length),
             "lr": recipe.lr or method.default_lr,
             "head_lr": recipe.head_lr or min(10 * (recipe.lr or method.default_lr), max(recipe.lr or method.default_lr, 0.01)),
             "dtype": recipe.dtype or ("bfloat16" if device.type == "cuda" else "float32"),
@@ -133,7 +134,7 @@ def _run(recipe, progress, resume, overwrite):
 
     # Model, and the examples tokenised once. A step takes `share` batches, one or more for each process.
     model, tokenizer = base.load(recipe.model, task.name, labels, recipe.dtype, recipe.seed, recipe.quantize, method, begun and begun.units)
-    if line := base.described(model):
+    for line in base.described(model):
         tell({"event": "note", "text": line})
     model.to(device)
     for source, other, found in scored.values():
