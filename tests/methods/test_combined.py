@@ -91,3 +91,9 @@ def test_layers_that_are_not_there_are_named():
             ts.adapt(build(), {"method": "lora", "layers": layers})
     with pytest.raises(ts.TunesmithError, match="prompt-tuning acts on the whole of"):
         ts.adapt(build(), {"method": "prompt-tuning", "layers": [0]})
+
+
+def test_a_module_that_is_trained_in_full_is_none_of_the_parts():
+    model = ts.adapt(tiny.tiny_bert(), {"method": "combined", "parts": ["bitfit", "lora"], "modules_to_save": ["classifier"]})
+    record = model.__dict__["_tunesmith"].records["default"]
+    assert "classifier" not in record.sites and "classifier" in adapters(model, "default")

@@ -67,7 +67,7 @@ class Combined(Method):
     def select(self, model):
         found, errors = {}, []
         for i, config in enumerate(self.configs):
-            whole = self.model_dump(include=(self.model_fields_set & {"targets"}) - config.model_fields_set)
+            whole = self.model_dump(include=(self.model_fields_set & {"targets"}) - config.model_fields_set) | {"modules_to_save": self.modules_to_save}
             try:
                 chosen = selected(type(config)(**config.model_dump(exclude_unset=True) | whole), model)
             except TunesmithError as error:
