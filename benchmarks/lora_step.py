@@ -151,7 +151,7 @@ def run(prepare, args, layers=30, build=build):
     }
 
 
-def compare(script, variants, args, prepare_of, layers=30):
+def compare(script, variants, args, prepare_of, layers=30, interpreter=lambda variant: sys.executable):
     """Run the variants in turns, each as `script --run variant` (on a GPU, here); the medians of what each run found."""
     runs = {variant: [] for variant in variants}
     for repeat in range(args.repeats):
@@ -159,7 +159,7 @@ def compare(script, variants, args, prepare_of, layers=30):
             if args.device == "cuda":
                 runs[variant].append(run(prepare_of(variant), args, layers))
             else:
-                command = [sys.executable, script, "--run", variant, "--steps", str(args.steps), "--threads", str(args.threads)]
+                command = [interpreter(variant), script, "--run", variant, "--steps", str(args.steps), "--threads", str(args.threads)]
                 output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
                 runs[variant].append(json.loads(output.splitlines()[-1]))
             print(f"{repeat + 1}/{args.repeats} {variant}: {statistics.median(runs[variant][-1]['seconds']):.3g} s", file=sys.stderr)

@@ -8,6 +8,7 @@ import tunesmith as ts
 from tunesmith import models
 from tunesmith.bench.claims import claim, spread
 from tunesmith.bench.compare import compare
+from tunesmith.files import atomic_write
 
 BASE = {"data": "banking77", "test": "banking77", "model": "minilm", "per_label": 10, "holdout": 0.05, "epochs": 6, "batch_size": 16, "eval_every": 10_000, "dtype": "bfloat16", "head_lr": 0.01}
 RATES, TRIAL, SEEDS = ["0.3x", "1x", "3x", "10x"], {"epochs": 3}, [0, 1, 2]
@@ -15,13 +16,32 @@ FOLDER = Path("runs/few-shot")
 LIMITS = "a 22M encoder in bfloat16 on ten examples of each of 77 intents, six epochs, one rate for all heads, the adapter's chosen among four on held-out data after three epochs; the paper's models are 300 times as large"
 
 
-def few_shot(sides: dict[str, dict], quantize: str | None = None) -> dict[str, dict]:
-    """A row of `compare` for each method, at its best rate, on a base in a number format; runs that the folder holds already are not done again."""
+MEASURED, BOARD = Path("benchmarks/results/few-shot.json"), Path("docs/leaderboard/few-shot.json")
+
+
+def few_shot(sides: dict[str, dict], quantize: str | None = None, runs: bool = False) -> dict[str, dict]:
+    """{"method" with the best of RATES, "values" of the seeds, "runs"} for each method, on a base in a number format.
+
+    What MEASURED or BOARD (of docs/leaderboard, measured alike) hold is not measured again, unless the `runs` themselves are wanted;
+    those that FOLDER holds are not done again.
+    """
     base, folder = (BASE | {"quantize": quantize}, FOLDER.with_name(f"few-shot-{quantize}")) if quantize else (BASE, FOLDER)
-    result = compare(list(sides.values()), base, folder, SEEDS, rates=RATES, jobs=2, trial=TRIAL)
-    if result["failures"]:
-        raise SystemExit(result["failures"][0]["reason"])
-    return dict(zip(sides, result["rows"], strict=True))
+    kept = json.loads(MEASURED.read_text()) if MEASURED.exists() else []
+    known = [row for row in kept if row["quantize"] == quantize] + (json.loads(BOARD.read_text())["rows"] if not quantize else [])
+    found = {} if runs else {name: next((row for row in known if plain(row) == side), None) for name, side in sides.items()}
+    if missing := {name: side for name, side in sides.items() if not found.get(name)}:
+        result = compare(list(missing.values()), base, folder, SEEDS, rates=RATES, jobs=2, trial=TRIAL)
+        if result["failures"]:
+            raise SystemExit(result["failures"][0]["reason"])
+        new = {name: {"quantize": quantize, "method": row["method"], "values": [run["value"] for run in row["runs"]]} for name, row in zip(missing, result["rows"], strict=True)}
+        atomic_write(MEASURED, json.dumps([row for row in kept if plain(row) not in map(plain, new.values()) or row["quantize"] != quantize] + list(new.values()), indent=1) + "\n")
+        found |= {name: new[name] | {"runs": row["runs"]} for name, row in zip(missing, result["rows"], strict=True)}
+    return {name: found[name] for name in sides}
+
+
+def plain(row: dict) -> dict:
+    """A row's method without the rate that was chosen for it."""
+    return {key: value for key, value in row["method"].items() if key != "lr"}
 
 
 def parameters(method: dict, quantize: str | None = None) -> int:
@@ -31,11 +51,11 @@ def parameters(method: dict, quantize: str | None = None) -> int:
 
 
 def values(row: dict) -> list[float]:
-    return [run["value"] for run in row["runs"]]
+    return row["values"]
 
 
 def logged(row: dict, key: str) -> list[list[float]]:
-    """What each run logged under `key` while it trained."""
+    """What each run logged under `key` while it trained, of a row that was asked for with its runs."""
     lines = ([json.loads(line) for line in (FOLDER / run["folder"] / "metrics.jsonl").read_text().split("\n") if line] for run in row["runs"])
     return [[line[key] for line in each if key in line] for each in lines]
 
@@ -67,8 +87,7 @@ def percent(side: list[float]) -> str:
 
 def accuracies(rows: dict[str, dict], quantize: str | None = None) -> dict:
     """`measured` of a claim about accuracy."""
-    plain = {name: {k: v for k, v in row["method"].items() if k != "lr"} for name, row in rows.items()}
-    return {name: spread(values(row)) | {"parameters": parameters(plain[name], quantize), "lr": row["method"]["lr"]} for name, row in rows.items()}
+    return {name: spread(values(row)) | {"parameters": parameters(plain(row), quantize), "lr": row["method"]["lr"]} for name, row in rows.items()}
 
 
 def sparse_step(one: str, other: str) -> dict[str, float]:

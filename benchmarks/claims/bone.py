@@ -16,7 +16,7 @@ SIDES = {"bone": {"method": "bone", "rank": 16}, "lora": {"method": "lora", "ran
 
 
 def main():
-    rows = few_shot(SIDES)
+    rows = few_shot(SIDES, runs=True)
     losses = {name: [statistics.mean(run) for run in logged(row, "loss")] for name, row in rows.items()}
     claim(
         "MiSS / Bone (arXiv 2409.15371)",

@@ -6,7 +6,7 @@ MiniLM has six layers, so an allocation is a list of six; all of them have 30 ex
 the middle layers: that allocation is there too. All sides have one learning rate, the method's default.
 """
 
-from _common import BASE, FOLDER, LIMITS, SEEDS, above, parameters, percent, spread, values
+from _common import BASE, FOLDER, LIMITS, SEEDS, above, parameters, percent, spread
 
 from tunesmith.bench.claims import claim
 from tunesmith.bench.compare import compare
@@ -26,7 +26,7 @@ def main():
     result = compare([side | {"lr": 1e-3} for side in sides.values()], BASE, FOLDER, SEEDS, jobs=2)
     if result["failures"]:
         raise SystemExit(result["failures"][0]["reason"])
-    found = {name: values(row) for name, row in zip(sides, result["rows"], strict=True)}
+    found = {name: [run["value"] for run in row["runs"]] for name, row in zip(sides, result["rows"], strict=True)}
     summary = "test accuracy: " + ", ".join(f"{name} {percent(each)}" for name, each in found.items())
     measured = {name: spread(each) | {"experts": ALLOCATIONS[name], "parameters": parameters(sides[name])} for name, each in found.items()}
     for best, others, reported in (

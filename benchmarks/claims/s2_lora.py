@@ -35,7 +35,7 @@ def write_spoken() -> None:
 
 
 def main():
-    rows = few_shot(SIDES)
+    rows = few_shot(SIDES, runs=True)
     write_spoken()
     inside = {name: values(row) for name, row in rows.items()}
     outside = {name: [evaluate_on(FOLDER / run["folder"], SPOKEN).metrics["accuracy"] for run in row["runs"]] for name, row in rows.items()}
