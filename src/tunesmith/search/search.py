@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,9 +108,10 @@ def _study(url: str, sampler: HypervolumeSampler, higher: bool):
 
     options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
     try:
-        storage = optuna.storages.RDBStorage(
-            url, engine_kwargs=options, heartbeat_interval=HEARTBEAT, grace_period=GRACE, failed_trial_callback=optuna.storages.RetryFailedTrialCallback()
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats
+            again = optuna.storages.RetryHeartbeatStaleTrialCallback()
+            storage = optuna.storages.RDBStorage(url, engine_kwargs=options, heartbeat_interval=HEARTBEAT, grace_period=GRACE, heartbeat_stale_trial_callback=again)
         return optuna.create_study(study_name="tunesmith", storage=storage, directions=["maximize" if higher else "minimize", "minimize"], sampler=sampler, load_if_exists=True)
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, ModuleNotFoundError) as error:
         raise TunesmithError(f"cannot use the database {_without_password(url)}: {str(error).splitlines()[0]}") from error
