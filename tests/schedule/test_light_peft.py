@@ -10,7 +10,8 @@ from torch import nn
 import tunesmith as ts
 from tests import tiny
 from tests.train import test_resume as resume
-from tunesmith.engine.model import adapters
+from tunesmith.engine import store
+from tunesmith.engine.model import adapters, record_of
 from tunesmith.errors import TunesmithError
 from tunesmith.lifecycle.export import merge_to_folder
 from tunesmith.pruning import prunable
@@ -161,7 +162,7 @@ def test_a_run_is_smaller_and_merges_into_a_folder(here, models, data, kind, sou
     assert sum(p.numel() for p in whole.parameters()) > sum(p.numel() for n, p in model.named_parameters() if ".tunesmith." not in f".{n}")
     if method != "ia3":
         assert 0 < len(first["sites"]) == len(first["ranks"]) <= len(first["ratio"]) - int(0.75 * len(first["ratio"]))
-        assert {path: c.rank if hasattr(c, "rank") else c.bottleneck for path, c in ts.engine.model.record_of(model, "default").sites.items()} == {p: len(r) for p, r in first["ranks"].items()}
+        assert {path: c.rank if hasattr(c, "rank") else c.bottleneck for path, c in record_of(model, "default").sites.items()} == {p: len(r) for p, r in first["ranks"].items()}
     assert result.summary["steps"] > 0
     if method != {"method": "series-adapter", "bottleneck": 4}:
         merged = merge_to_folder("run", here / "merged")
@@ -171,8 +172,8 @@ def test_a_run_is_smaller_and_merges_into_a_folder(here, models, data, kind, sou
 
 def test_a_second_stage_begins_where_the_first_ended(here, models, data):
     run(recipe(models, data, method={"method": "lora", "rank": 4}, max_steps=1, lr=1e-12))
-    first = ts.engine.store.read_tensors(here / "run-estimate" / "pruned" / "start.safetensors")
-    last = ts.engine.store.read_tensors(here / "run" / "adapter" / "adapter.safetensors")
+    first = store.read_tensors(here / "run-estimate" / "pruned" / "start.safetensors")
+    last = store.read_tensors(here / "run" / "adapter" / "adapter.safetensors")
     assert first.keys() == last.keys() and all(torch.allclose(first[key], last[key], atol=1e-6) for key in first)
 
 
@@ -193,3 +194,9 @@ def test_a_run_killed_in_either_stage_ends_in_the_same_bits(here, models, data):
     assert json.loads((here / "cut-estimate" / "summary.json").read_text())["steps"] == 8
     resume.finished(values | {"output": "cut"}, True)
     resume.same(resume.outcome(here / "cut"), resume.outcome(here / "whole"))
+
+
+def test_two_processes_cut_one_model(here, models, data):
+    values = {"model": models["bert"], "data": data["tickets"], "epochs": 1, "batch_size": 4, "lr": 0.01, "output": "run", "prune": {"prune": "light-peft", "steps": 4}}
+    resume.in_two_processes(values)
+    assert len(store.read_json(here / "run" / "adapter" / "adapter.json")["pruned"]) == 4

@@ -95,17 +95,21 @@ def test_a_killed_run_ends_in_the_same_bits(here, models, data, kind, source, me
     assert not list((here / "cut").glob(".*")) and not (here / "cut" / "checkpoint").exists()
 
 
-def test_two_processes_train_as_one(here, models, data):
-    values = {"model": models["llama"], "data": data["sums"], "epochs": 2, "batch_size": 4, "lr": 0.01, "max_new_tokens": 2, "seed": 3}
-    finished(values | {"accumulate": 2, "output": "one"})
+def in_two_processes(values):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    children = [in_process(values | {"output": "two"}, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
+    children = [in_process(values, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
     for child in children:
         child.join(120)
     assert [child.exitcode for child in children] == [0, 0]
+
+
+def test_two_processes_train_as_one(here, models, data):
+    values = {"model": models["llama"], "data": data["sums"], "epochs": 2, "batch_size": 4, "lr": 0.01, "max_new_tokens": 2, "seed": 3}
+    finished(values | {"accumulate": 2, "output": "one"})
+    in_two_processes(values | {"output": "two"})
     (lines, summary, weights), (lines2, summary2, weights2) = outcome(here / "one"), outcome(here / "two")
     assert [row["step"] for row in lines] == [row["step"] for row in lines2] and summary["steps"] == summary2["steps"]
     assert all(abs(a["loss"] - b["loss"]) < 1e-4 for a, b in zip(lines, lines2, strict=True) if "loss" in a)

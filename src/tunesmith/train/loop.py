@@ -72,6 +72,8 @@ def _first_stage(recipe, pruning, progress, overwrite) -> light_peft.Start:
     short = {"epochs": pruning.steps, "max_steps": pruning.steps, "eval_every": pruning.steps, "test": None, "baseline": False, "output": str(folder)}
     fields = pruning.model_dump(exclude_defaults=True) | {"prune": "light-peft", "stage": "estimate"}
     _run(recipe.model_copy(update=short | {"prune": fields}), progress, folder.exists() and not overwrite, overwrite)
+    if dist.is_initialized():
+        dist.barrier()  # the first process has written what all read
     return light_peft.read(folder)
 
 
