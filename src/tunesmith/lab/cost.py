@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from .fp4 import FP4
 
 VECTOR = 0.01  # rate of vector operations over that of products in FP4
+BYTE = 1250  # operations of products in the time that a byte takes: 10 PFLOP/s over 8 TB/s
 SHAPE = (4096, 4096, 11008)  # tokens, inputs, outputs: a feed-forward layer of LLaMA-7B
 
 
@@ -21,8 +22,8 @@ class Cost:
 
     @property
     def overhead(self) -> float:
-        """Time beyond the products', in shares of theirs, if vector operations run at VECTOR of the products' rate."""
-        return (self.ops_vector / VECTOR + self.flops_hadamard) / self.flops_gemm
+        """Time beyond the products', in shares of theirs: each operand is quantised in a pass of its own, bound by memory or by vector operations."""
+        return (max(self.ops_vector / VECTOR, self.bytes * BYTE) + self.flops_hadamard) / self.flops_gemm
 
     def to_dict(self) -> dict:
         return asdict(self) | {"overhead": self.overhead}
