@@ -107,7 +107,9 @@ class Change:
     def of(self, W: Tensor) -> Tensor:
         """What W (out, in) has there."""
         index = self.index.to(W.device)
-        return W.index_select(self.dim, index) if self.dim is not None else W.take(index.long())
+        if self.dim is not None:
+            return W.index_select(self.dim, index)
+        return W.view(-1).index_select(0, index) if W.is_contiguous() else W.take(index.long())
 
     def put(self, W: Tensor) -> None:
         """The values into W, in place."""
@@ -208,9 +210,8 @@ class Swap:
     def __init__(self, site: Site, name: str, other: nn.Parameter | Change):
         self.site, self.name, self.other = site, name, other
 
-    @torch.no_grad()
     def undo(self):
-        """As a call, for the last time."""
+        """As a call, for the last time, and without gradients."""
         if isinstance(self.other, Change):
             self.other.put(self.site.matrix(self.site.holder._parameters)[0].detach())
         else:

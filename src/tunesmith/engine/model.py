@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,9 +51,20 @@ def record_of(model: nn.Module, name: str) -> Record:
     return records[name]
 
 
+def modules(root: nn.Module) -> Iterator[nn.Module]:
+    """As `root.modules()`, several times as fast: switching adapters walks over the whole model."""
+    seen, stack = set(), [root]
+    while stack:
+        module = stack.pop()
+        if module is not None and id(module) not in seen:
+            seen.add(id(module))
+            yield module
+            stack.extend(reversed(module._modules.values()))
+
+
 def hubs(model: nn.Module) -> dict[str, Hub]:
     """The hubs of an adapted model by site path."""
-    return {m.site.path: m for m in unwrap(model).modules() if isinstance(m, Hub)}
+    return {m.site.path: m for m in modules(unwrap(model)) if isinstance(m, Hub)}
 
 
 def adapters(model: nn.Module, name: str) -> dict[str, Adapter]:
@@ -118,12 +129,12 @@ def guard_fast_path(model: nn.Module) -> None:
     """
     root, state = unwrap(model), state_of(model)
     needed = state.enabled and bool(state.rows or state.active.keys() - state.merged.keys())
-    for layer in root.modules():
+    for layer in modules(root):
         if isinstance(layer, nn.TransformerEncoderLayer):
             hook = layer.__dict__.pop("_tunesmith_hook", None)
             if hook:
                 hook.remove()
-            if needed and any(isinstance(m, Hub) for m in layer.modules()):
+            if needed and any(isinstance(m, Hub) for m in modules(layer)):
                 layer.__dict__["_tunesmith_hook"] = layer.register_forward_pre_hook(_nothing)
 
 
@@ -279,6 +290,7 @@ def _keep_untied(model: nn.Module) -> None:
         config.tie_word_embeddings = model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
+@torch.no_grad()
 def unmerge(model: nn.Module) -> nn.Module:
     """The base's weights as they were before `merge`, bit for bit."""
     state = state_of(model)
