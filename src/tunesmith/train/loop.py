@@ -326,7 +326,7 @@ def _run(recipe, progress, resume, overwrite):
     if test is not None:
         summary["test"] = tested.metrics
     summary |= {f"base_{'metrics' if name == 'eval' else name + '_metrics'}": metrics for name, metrics in state.baseline.items()}
-    counts = size.to_dict()
+    counts = max(size, ts.summary(model), key=lambda each: each.trainable).to_dict()  # some adapters grow
     summary |= {
         "params": {key: counts[key] for key in ("trainable", "total", "percent", "bytes")},
         "time_s": state.time_s, "train_s": state.train_s, "peak_mb": state.peak_mb,
