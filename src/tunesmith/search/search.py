@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -107,14 +108,18 @@ def _study(url: str, sampler: HypervolumeSampler, higher: bool):
     import sqlalchemy
 
     options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats
-            again = optuna.storages.RetryHeartbeatStaleTrialCallback()
-            storage = optuna.storages.RDBStorage(url, engine_kwargs=options, heartbeat_interval=HEARTBEAT, grace_period=GRACE, heartbeat_stale_trial_callback=again)
-        return optuna.create_study(study_name="tunesmith", storage=storage, directions=["maximize" if higher else "minimize", "minimize"], sampler=sampler, load_if_exists=True)
-    except (sqlalchemy.exc.SQLAlchemyError, ImportError, ModuleNotFoundError) as error:
-        raise TunesmithError(f"cannot use the database {_without_password(url)}: {str(error).splitlines()[0]}") from error
+    for attempt in range(10):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats
+                again = optuna.storages.RetryHeartbeatStaleTrialCallback()
+                storage = optuna.storages.RDBStorage(url, engine_kwargs=options, heartbeat_interval=HEARTBEAT, grace_period=GRACE, heartbeat_stale_trial_callback=again)
+            return optuna.create_study(study_name="tunesmith", storage=storage, directions=["maximize" if higher else "minimize", "minimize"], sampler=sampler, load_if_exists=True)
+        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError) as error:
+            if attempt < 9 and any(word in str(error).lower() for word in ("unique", "already exists", "duplicate")):
+                time.sleep(0.2 * (attempt + 1))  # another worker is making the tables
+                continue
+            raise TunesmithError(f"cannot use the database {_without_password(url)}: {str(error).splitlines()[0]}") from error
 
 
 def _without_password(url: str) -> str:
