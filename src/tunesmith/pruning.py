@@ -45,13 +45,14 @@ def prune(model: nn.Module, keep: Units | str | Path) -> nn.Module:
     if "_tunesmith" in model.__dict__:
         raise TunesmithError("this model has adapters; prune it before the first one is attached")
     if isinstance(keep, str | Path):
-        keep = read_json(Path(keep) / ADAPTER).get("pruned", {})
-    blocks, before = prunable(model), pruned_units(model)
+        keep = left(model, read_json(Path(keep) / ADAPTER).get("pruned", {}))
+    blocks = prunable(model)
     for path, units in keep.items():
         if path not in blocks:
             raise TunesmithError(f"{type(model).__name__} has no block that ends at {path!r} and can lose units{nearest(path, blocks)}")
         if not units or sorted(set(units)) != list(units) or not 0 <= units[0] <= units[-1] < blocks[path].units:
             raise TunesmithError(f"{path!r} reads {blocks[path].units} {blocks[path].kind}; what is kept are numbers from 0 to {blocks[path].units - 1}, ascending, and one at least")
+    remaining = whole(model, keep)
     for path, units in keep.items():
         c, kept = blocks[path], torch.tensor(units)
         for site in c.inner:
@@ -61,8 +62,22 @@ def prune(model: nn.Module, keep: Units | str | Path) -> nn.Module:
             for name in COUNTS[c.kind]:
                 if isinstance(size := module.__dict__.get(name), int):
                     setattr(module, name, size * len(units) // c.units)
-    model._tunesmith_pruned = before | {path: [before[path][i] for i in units] if path in before else list(units) for path, units in keep.items()}
+    model._tunesmith_pruned = remaining
     return model
+
+
+def left(model: nn.Module, units: Units) -> Units:
+    """Units of the whole model, as files number them, in the numbers of those that a model has, which may have lost some."""
+    before = pruned_units(model)
+    if gone := [path for path in units if path in before and not set(units[path]) <= set(before[path])]:
+        raise TunesmithError(f"this model has lost units that {gone[0]!r} is to keep; load the whole model")
+    return {path: [before[path].index(i) for i in kept] if path in before else kept for path, kept in units.items()}
+
+
+def whole(model: nn.Module, units: Units) -> Units:
+    """The inverse of `left`."""
+    before = pruned_units(model)
+    return before | {path: [before[path][i] for i in kept] if path in before else list(kept) for path, kept in units.items()}
 
 
 def _keep(site: Site, dim: int, index: torch.Tensor) -> None:

@@ -170,6 +170,18 @@ def test_a_run_is_smaller_and_merges_into_a_folder(here, models, data, kind, sou
         assert (here / "merged" / "pruned.json").exists()
 
 
+def test_a_pruned_folder_trains_and_is_pruned_again(here, models, data):
+    run(recipe(models, data))
+    merge_to_folder("run", here / "small")
+    again = {"model": str(here / "small"), "epochs": 1}
+    run(recipe(models, data, **again, prune=None, output="plain"))
+    run(recipe(models, data, **again, output="smaller"))
+    sizes = [sum(c.units for c in prunable(open_run(name).model).values()) for name in ("run", "plain", "smaller")]
+    assert sizes[0] == sizes[1] > sizes[2]
+    with pytest.raises(TunesmithError, match="has lost units"):
+        ts.prune(ts.prune(tiny.tiny_bert(), {"bert.encoder.layer.0.output.dense": [0]}), here / "run" / "adapter")
+
+
 def test_a_second_stage_begins_where_the_first_ended(here, models, data):
     run(recipe(models, data, method={"method": "lora", "rank": 4}, max_steps=1, lr=1e-12))
     first = store.read_tensors(here / "run-estimate" / "pruned" / "start.safetensors")

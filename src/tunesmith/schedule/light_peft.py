@@ -17,7 +17,7 @@ from ..methods import Method
 from ..methods.mask_tuning import MaskTuning
 from ..methods.method import adapt
 from ..methods.select import Coupled
-from ..pruning import prunable
+from ..pruning import prunable, whole
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 MASKS = "masks"  # the name of the adapter that holds them
@@ -174,7 +174,7 @@ class Estimate:
                 configs[path] = self.record.sites[path].resized(len(chosen.ranks[path])).dump()
             parts = cut(adapter, path, chosen, blocks) if path in self.own else store.tensors(adapter)
             tensors |= {f"{path}.{key}": t for key, t in parts.items()}
-        about = {"format": 1, "units": chosen.units, "ranks": chosen.ranks, "sites": configs}
+        about = {"format": 1, "units": whole(self.model, chosen.units), "ranks": chosen.ranks, "sites": configs}
         about["ratio"] = {path: float(self.sums[path]) / max(self.counts[path], 1) for path in self.own}
         data = save_tensors({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, metadata={"format": "pt"})
         store.write(folder / "pruned", {WEIGHTS: data, CARD: json.dumps(about) + "\n"})

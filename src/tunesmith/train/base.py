@@ -12,7 +12,7 @@ from ..quantize.packed import PackedWeight
 def load(name: str, task: str, labels: list[str] | None = None, dtype: str = "float32", seed: int = 0, format: Any = None, method: Method | None = None, units: pruning.Units | None = None):
     """`models.load`, with weights rounded to the number format `format`, or packed as the folder `name` holds them.
 
-    `units`: which units a pruned model keeps (`ts.prune`); a folder that holds a pruned model says so itself. `method`: what is to be attached to the model; the packed weights know what they were made from where it starts from that.
+    `units`: which units of the whole model a pruned one keeps; a folder that holds a pruned model says so itself. `method`: what is to be attached to the model; the packed weights know what they were made from where it starts from that.
     Raises `TunesmithError` for a format on top of a folder that is quantised already, and for pruning such a model.
     """
     model, tokenizer = models.load(name, task, labels, dtype, seed)
@@ -21,7 +21,7 @@ def load(name: str, task: str, labels: list[str] | None = None, dtype: str = "fl
     if units:
         if is_quantized(name):
             raise TunesmithError(f"{name} is quantised, and packed weights lose no rows; prune the original model with quantize in the recipe")
-        pruning.prune(model, units)
+        pruning.prune(model, pruning.left(model, units))
     if is_quantized(name):
         if format:
             raise TunesmithError(f"{name} is quantised already; leave quantize out of the recipe, or name the original model")
