@@ -113,8 +113,13 @@ class Change:
 
     def put(self, W: Tensor) -> None:
         """The values into W, in place."""
-        index, values = self.index.to(W.device, torch.long), self.values.to(W)
-        W.put_(index, values) if self.dim is None else W.index_copy_(self.dim, index, values)
+        index, values = self.index.to(W.device), self.values.to(W)
+        if self.dim is not None:
+            W.index_copy_(self.dim, index.long(), values)
+        elif W.is_contiguous():
+            W.view(-1).index_put_((index,), values)
+        else:
+            W.put_(index.long(), values)
 
 
 class Base:
@@ -192,6 +197,7 @@ class State:
     rows: list[str | None] | None = None
     tasks: Tensor | None = None  # task of each row of the batch
     enabled: bool = True
+    encoders: bool = False  # whether the model has an nn.TransformerEncoderLayer
     records: dict = field(default_factory=dict)  # name -> what was attached
     flags: dict = field(default_factory=dict)  # parameter path -> requires_grad before the first adapt
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TunesmithError
-from .model import by_method, guard_fast_path, record_of, set_trained, state_of
+from .model import by_method, guard_fast_path, hubs, record_of, set_trained, state_of
 from .sites import Site
 
 
@@ -22,7 +22,7 @@ def mixed(model: nn.Module, rows: list[str | None]):
         record_of(model, name)
     if state.merged:
         raise TunesmithError(f"a mixed batch needs the base's own weights; unmerge {', '.join(state.merged)} first")
-    set_trained(model, set(rows) - {None}, only=False)
+    set_trained(hubs(model).values(), set(rows) - {None}, only=False)
     before, state.rows = state.rows, list(rows)
     guard_fast_path(model)
     try:

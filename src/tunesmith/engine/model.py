@@ -92,7 +92,8 @@ def attach(model: nn.Module, name: str, record: Record, built: dict[str, tuple[S
         raise TunesmithError(f"{type(record.config).__name__} has nothing to act on in {type(model).__name__}")
     state = model.__dict__.get("_tunesmith")
     if state is None:
-        state = State(flags={path: p.requires_grad for path, p in model.named_parameters(remove_duplicate=False)})
+        flags = {path: p.requires_grad for path, p in model.named_parameters(remove_duplicate=False)}
+        state = State(flags=flags, encoders=any(isinstance(m, nn.TransformerEncoderLayer) for m in modules(model)))
         model.__dict__["_tunesmith"] = state
         for p in model.parameters():
             p.requires_grad_(False)
@@ -128,6 +129,8 @@ def guard_fast_path(model: nn.Module) -> None:
     It is there exactly while adapters are in use, so that the base alone computes as it always did.
     """
     root, state = unwrap(model), state_of(model)
+    if not state.encoders:
+        return
     needed = state.enabled and bool(state.rows or state.active.keys() - state.merged.keys())
     for layer in modules(root):
         if isinstance(layer, nn.TransformerEncoderLayer):
@@ -161,17 +164,18 @@ def activate(model: nn.Module, names: str | Iterable[str] | Mapping[str, float])
         record_of(model, name)
         if name in state.merged:
             raise TunesmithError(f"adapter {name!r} is merged into the weights; unmerge first")
-    fronts = [name for name in weights if any(h.site.kind == "tokens" and name in h.adapters for h in hubs(model).values())]
+    places = hubs(model).values()
+    fronts = [name for name in weights if any(h.site.kind == "tokens" and name in h.adapters for h in places)]
     if len(fronts) > 1 or any(weights[name] != 1 for name in fronts):
         raise TunesmithError(f"virtual tokens are in front of the input or not: {' and '.join(map(repr, fronts))} cannot be weighted or combined with each other")
     state.active = {name: float(weight) for name, weight in weights.items()}
-    set_trained(model, set(state.active))
+    set_trained(places, set(state.active))
     guard_fast_path(model)
 
 
-def set_trained(model: nn.Module, names: set[str], only: bool = True) -> None:
+def set_trained(places: Iterable[Hub], names: set[str], only: bool = True) -> None:
     shared: dict[int, tuple[nn.Parameter, bool]] = {}
-    for hub in hubs(model).values():
+    for hub in places:
         for name, adapter in hub.adapters.items():
             for p in adapter.parameters():
                 shared[id(p)] = (p, name in names or shared.get(id(p), (p, False))[1])
@@ -226,7 +230,7 @@ def merge(model: nn.Module, unload: bool = False) -> nn.Module:
     if state.aside:
         raise TunesmithError("the adapters are disabled here; merge outside of the `with disabled(model)` block")
     names = [n for n in state.active if n not in state.merged]
-    todo, uses = [], Counter(id(p) for _, p in unwrap(model).named_parameters(remove_duplicate=False))
+    todo, uses = [], Counter(id(p) for m in modules(unwrap(model)) for p in m._parameters.values())
     for path, hub in hubs(model).items():
         own = {name: hub.adapters[name] for name in names if name in hub.adapters}
         if stuck := [name for name, adapter in own.items() if not adapter.mergeable]:

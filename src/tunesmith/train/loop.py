@@ -24,7 +24,7 @@ from ..data import columns as cols
 from ..data import tasks
 from ..errors import TunesmithError
 from ..methods import parse
-from ..models import evaluating
+from ..models import evaluating, quick_attention
 from ..quantize import forget
 from ..schedule import ist, light_peft
 from . import base, checkpoint, memory, report
@@ -178,7 +178,8 @@ def _run(recipe, progress, resume, overwrite):
         first = batches(0)[: recipe.calibration_batches]
         count = max(sum(predicted(inputs_of(batch)["labels"]) for batch in first), 1)
         for batch in first:
-            loss_of(model, inputs_of(batch), task, count).backward()
+            with quick_attention():
+                loss_of(model, inputs_of(batch), task, count).backward()
 
     def probe(index: int) -> float:
         """The loss of one batch of training examples, of an order of their own."""
@@ -242,7 +243,7 @@ def _run(recipe, progress, resume, overwrite):
         seed(recipe.seed, "step", state.step, rank)
         loss = 0.0
         for batch in inputs:
-            with in_tasks(model, batch.get("task_ids")):
+            with in_tasks(model, batch.get("task_ids")), quick_attention():
                 part = loss_of(model, batch, task, max(count, 1))
                 loss += part.item()
                 if (extra := ts.auxiliary_loss(model)) is not None:
