@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -54,6 +55,12 @@ def test_pages_link_to_what_exists():
     for page in [*PAGES, ROOT / "ARCHITECTURE.md"]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_table_of_steps_is_what_was_measured():
+    program = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert program["page"](text) == text, "run benchmarks/tables.py"
 
 
 def test_the_new_method_of_the_guide_keeps_the_contract():
