@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..engine.adapter import WeightAdapter
 from ..engine.model import adapters as adapters_of
 from ..engine.sites import Site
+from .entries import smallest
 from .method import Method, empty
 
 Sparsity = Annotated[float, Field(ge=0, lt=1)]
@@ -41,8 +42,8 @@ def sparsified(K: Tensor, sparsity: float, form: str) -> Tensor:
     """K with its `sparsity`·n smallest magnitudes zeroed, the others scaled as `form` says."""
     size = K.detach().abs()
     if form == "paper":
-        return K * (K.abs() - size.flatten().kthvalue(max(ceil(sparsity * K.numel()), 1)).values).relu()
-    t = size.flatten().kthvalue(int(sparsity * (K.numel() - 1)) + 1).values  # no entry lies between it and the interpolated quantile
+        return K * (K.abs() - smallest(size.flatten(), max(ceil(sparsity * K.numel()), 1))).relu()
+    t = smallest(size.flatten(), int(sparsity * (K.numel() - 1)) + 1)  # no entry lies between it and the interpolated quantile
     mask = size > t
     return K * (mask if form == "mask" else size * mask)
 
