@@ -1,18 +1,15 @@
 """Models without some of their attention heads and feed-forward channels: cutting, saving and loading them."""
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .engine.sites import Site, sites
 from .engine.store import CARD as ADAPTER
-from .engine.store import pruned_units, read_json
+from .engine.store import pruned_units, read_json, read_parts, write_parts
 from .errors import TunesmithError, nearest
 from .methods.select import HEADS, Coupled, coupled
 
@@ -103,9 +100,7 @@ def save(model: nn.Module, folder: Path, original: str) -> None:
     """
     cut = {f"{s.path}.{name}": p.detach().cpu().contiguous() for path, c in prunable(model).items() if path in pruned_units(model) for s in (c.outer, *c.inner) for name, p in s.values.items()}
     model.save_pretrained(folder, state_dict={key: t for key, t in model.state_dict().items() if key not in cut})
-    save_file(cut, folder / WEIGHTS, metadata={"format": "pt"})
-    digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-    (folder / CARD).write_text(json.dumps({"format": 1, "original": original, "sha256": digest, "units": pruned_units(model)}) + "\n", encoding="utf-8")
+    write_parts(folder / WEIGHTS, folder / CARD, cut, {"original": original, "units": pruned_units(model)})
 
 
 def is_pruned(folder: str | Path) -> bool:
@@ -116,14 +111,10 @@ def is_pruned(folder: str | Path) -> bool:
 def restore(model: nn.Module, folder: str | Path) -> nn.Module:
     """Prune a model that was loaded from a folder that `save` wrote, and fill the blocks. Raises `TunesmithError` where the files are damaged or do not fit."""
     folder = Path(folder)
-    try:
-        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-        if hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest() != card["sha256"]:
-            raise ValueError("its checksum does not fit")
-        found, units = load_file(folder / WEIGHTS), card["units"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TunesmithError(f"{folder / WEIGHTS} is damaged ({error}); merge the run again") from None
-    prune(model, units)
+    card, found = read_parts(folder / WEIGHTS, folder / CARD)
+    if "units" not in card:
+        raise TunesmithError(f"{folder / CARD} is damaged: it names no units; merge the run again")
+    prune(model, card["units"])
     places = {f"{s.path}.{name}": p for s in sites(model) for name, p in s.values.items()}
     for key, value in found.items():
         if key not in places or places[key].shape != value.shape:

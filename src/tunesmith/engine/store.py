@@ -112,6 +112,25 @@ def write(folder: str | Path, contents: dict[str, bytes | str]) -> None:
             (new / file).write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def write_parts(weights: Path, card: Path, tensors: dict[str, Tensor], facts: dict) -> None:
+    """Tensors and a JSON card with `facts` and their checksum, beside the files of a model in Hugging Face's format."""
+    data = save_tensors(tensors, metadata={"format": "pt"})
+    weights.write_bytes(data)
+    card.write_text(json.dumps({"format": FORMAT, **facts, "sha256": hashlib.sha256(data).hexdigest()}, indent=1) + "\n", encoding="utf-8")
+
+
+def read_parts(weights: Path, card: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `write_parts` wrote. Raises `TunesmithError` for files that are missing or damaged."""
+    facts = read_json(card)
+    try:
+        data = weights.read_bytes()
+    except OSError as error:
+        raise TunesmithError(f"cannot read {weights}: {error.strerror}") from None
+    if hashlib.sha256(data).hexdigest() != facts.get("sha256"):
+        raise TunesmithError(f"{weights} is damaged (truncated or changed: its checksum does not fit); copy the folder again")
+    return facts, read_tensors(weights, data)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Raises `TunesmithError` for a file that is missing, not JSON or not an object."""
     try:

@@ -1,17 +1,16 @@
 """Models whose linear layers are stored in few bits: making, measuring, saving and loading them."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..engine.calls import score
 from ..engine.sites import Site, Targets, find, sites
+from ..engine.store import read_parts, write_parts
 from ..errors import TunesmithError
 from . import feedback
 from .formats import Format, parse
@@ -130,10 +129,8 @@ def save(model: nn.Module, folder: Path, original: str) -> None:
         raise TunesmithError("no weight of this model is quantised; quantise it before saving")
     model.save_pretrained(folder, state_dict={key: t for key, t in model.state_dict().items() if not isinstance(t, PackedWeight)})
     tensors = {f"{path}.{name}": t.detach().cpu().contiguous() for path, p in packed.items() for name, t in p.parts.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     formats = {path: {**p.format.model_dump(exclude_none=True), "shape": list(p.shape)} for path, p in packed.items()}
-    digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-    (folder / CARD).write_text(json.dumps({"format": 1, "original": original, "sha256": digest, "weights": formats}, indent=1) + "\n", encoding="utf-8")
+    write_parts(folder / WEIGHTS, folder / CARD, tensors, {"original": original, "weights": formats})
 
 
 def is_quantized(folder: str | Path) -> bool:
@@ -151,17 +148,15 @@ def restore(model: nn.Module, folder: str | Path) -> nn.Module:
     Raises `TunesmithError` where the files are damaged or do not fit the model.
     """
     folder = Path(folder)
+    card, tensors = read_parts(folder / WEIGHTS, folder / CARD)
     try:
-        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-        if hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest() != card["sha256"]:
-            raise ValueError("its checksum does not fit")
-        tensors, found = load_file(folder / WEIGHTS), {}
+        found = {}
         for path, about in card["weights"].items():
             shape = tuple(about.pop("shape"))
             parts = {key.removeprefix(f"{path}."): t for key, t in tensors.items() if key.startswith(f"{path}.")}
             found[path] = parse(about), parts, shape
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TunesmithError(f"{folder / WEIGHTS} is damaged ({error}); quantise the model again") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TunesmithError(f"{folder / CARD} is damaged ({error}); quantise the model again") from None
     places = {f"{site.path}.{site.weight}": site for site in sites(model) if site.kind == "linear" and not site.transposed}
     for path, (format, parts, shape) in found.items():
         if path not in places or tuple(places[path].parameter.shape) != shape:
