@@ -64,7 +64,16 @@ def main():
             print(name, "calibrated" if how else "", row, flush=True)
     if importlib.util.find_spec("bitsandbytes"):
         found["bitsandbytes nf4"] = {"perplexity": perplexity(bitsandbytes_nf4(model), scored)}
-    keep({"what": "perplexity per token on held-out text, float32 arithmetic", "command": "python benchmarks/perplexity.py", "model": "SmolLM2-135M", "tokens": LENGTH * SCORED, "rows": found}, args.output)
+    keep(
+        {
+            "what": "perplexity per token on held-out text, float32 arithmetic",
+            "command": "python benchmarks/perplexity.py",
+            "model": "SmolLM2-135M",
+            "tokens": LENGTH * SCORED,
+            "rows": found,
+        },
+        args.output,
+    )
 
 
 if __name__ == "__main__":

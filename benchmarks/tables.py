@@ -1,6 +1,6 @@
 """The table of benchmarks/README.md from what the benchmarks wrote to results/.
 
-    python benchmarks/tables.py
+python benchmarks/tables.py
 """
 
 import json
@@ -17,7 +17,11 @@ STEPS = {
 def ratios(name: str) -> dict[str, dict]:
     """{"one / other": ratios} of a benchmark of steps."""
     found = json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
-    return found["ratios"] if "ratios" in found else {f"{method} / {other}": ratio for method, row in found["methods"].items() for other, ratio in row["ratios"].items()}
+    return (
+        found["ratios"]
+        if "ratios" in found
+        else {f"{method} / {other}": ratio for method, row in found["methods"].items() for other, ratio in row["ratios"].items()}
+    )
 
 
 def table() -> str:

@@ -113,13 +113,8 @@ class Change:
 
     def put(self, W: Tensor) -> None:
         """The values into W, in place."""
-        index, values = self.index.to(W.device), self.values.to(W)
-        if self.dim is not None:
-            W.index_copy_(self.dim, index.long(), values)
-        elif W.is_contiguous():
-            W.view(-1).index_put_((index,), values)
-        else:
-            W.put_(index.long(), values)
+        index, values = self.index.to(W.device, torch.long), self.values.to(W)
+        W.put_(index, values) if self.dim is None else W.index_copy_(self.dim, index, values)
 
 
 class Base:
