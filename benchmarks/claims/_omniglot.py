@@ -2,7 +2,8 @@
 
 The images are `images/omniglot_small1.zip` and `omniglot_small2.zip` in $TUNESMITH_DATA. The ViT is trained on the 136
 characters of the first, once, and kept in runs/omniglot. Then, for each of Japanese katakana, Sanskrit and Tagalog, an adapter
-and a new head are trained on five drawers' characters; five other drawers choose a method's rate among RATES, and ten score.
+and a new head are trained on five drawers' characters; five other drawers choose a method's rate, among RATES and, where the first or
+the last of these is the best, beyond it; and ten drawers score.
 """
 
 import copy
@@ -167,12 +168,17 @@ def _moved(method: dict | None) -> dict:
         backbone, head = adapted(base, method, learn, len(new[alphabet]), lr, seed)
         return accuracy(backbone, head, *others[part]), backbone
 
-    chosen = {lr: statistics.mean(run(alphabet, lr, 100, 0)[0] for alphabet in NEW) for lr in (RATES if method else RATES[:1])}
+    def tried(lr: float) -> float:
+        return statistics.mean(run(alphabet, lr, 100, 0)[0] for alphabet in NEW)
+
+    chosen = {lr: tried(lr) for lr in (RATES if method else RATES[:1])}
+    while method and (lr := max(chosen, key=chosen.get)) in (edges := {min(chosen): 1 / 3, max(chosen): 3}):
+        chosen[lr * edges[lr]] = tried(lr * edges[lr])
     lr = max(chosen, key=chosen.get)
     runs = [[run(alphabet, lr, seed, 1) for alphabet in NEW] for seed in SEEDS]
     count = statistics.mean(ts.summary(backbone).trainable for _, backbone in runs[0]) if method else 0
     return spread([statistics.mean(score for score, _ in each) for each in runs]) | {
-        "parameters": round(count), "lr": lr, "known_before": accuracy(base, old_head, *old),
+        "parameters": round(count), "lr": lr, "validation": {f"{rate:.2g}": score for rate, score in sorted(chosen.items())}, "known_before": accuracy(base, old_head, *old),
         "known": spread([statistics.mean(accuracy(backbone, old_head, *old) for _, backbone in each) for each in runs]),
     }  # fmt: skip
 
