@@ -50,7 +50,7 @@ def main(source: str, name: str) -> None:
         spread = f" ± {scale * row['spread']:.{digits}f}" if row["spread"] is not None else ""
         value, against = scale * row["value"], lora.get(row.get("quantize"))
         gap = "" if against is None else f"{value - scale * against:+.{digits}f}"
-        lines.append(f"| {row['label']} | {value:.{digits}f}{spread} | {gap} | {row['trainable']:,} | {row['train_s']:.0f} s |")
+        lines.append(f"| {row['label']} | {value:.{digits}f}{spread} | {gap} | {row['trainable']:,.0f} | {row['train_s']:.0f} s |")
     page = FOLDER / "README.md"
     text = page.read_text(encoding="utf-8")
     block = f"<!-- {name} -->\n" + "\n".join(lines) + f"\n<!-- end of {name} -->"
