@@ -122,13 +122,18 @@ def write_parts(weights: Path, card: Path, tensors: dict[str, Tensor], facts: di
 def read_parts(weights: Path, card: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What `write_parts` wrote. Raises `TunesmithError` for files that are missing or damaged."""
     facts = read_json(card)
+    return facts, _verified(weights, facts.get("sha256"))
+
+
+def _verified(path: Path, digest: str | None) -> dict[str, Tensor]:
+    """The tensors of a file whose bytes have this hash."""
     try:
-        data = weights.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
-        raise TunesmithError(f"cannot read {weights}: {error.strerror}") from None
-    if hashlib.sha256(data).hexdigest() != facts.get("sha256"):
-        raise TunesmithError(f"{weights} is damaged (truncated or changed: its checksum does not fit); copy the folder again")
-    return facts, read_tensors(weights, data)
+        raise TunesmithError(f"cannot read {path}: {error.strerror}") from None
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise TunesmithError(f"{path} is damaged (truncated or changed: its checksum does not fit); copy the folder again")
+    return read_tensors(path, data)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -163,13 +168,7 @@ def read(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if card.get("checksum") != checksum(card):
         raise TunesmithError(f"{folder / CARD} is damaged or was edited by hand: its checksum does not fit; save the adapter again")
     path = folder / WEIGHTS
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise TunesmithError(f"cannot read {path}: {error.strerror}") from None
-    if hashlib.sha256(data).hexdigest() != card.get("sha256"):
-        raise TunesmithError(f"{path} is damaged (truncated or changed: its checksum does not fit); copy the adapter folder again")
-    found = read_tensors(path, data)
+    found = _verified(path, card.get("sha256"))
     try:
         return card, found | {key: unpack(found[key]) for key in card.get("packed", [])}
     except (KeyError, TypeError, ValueError) as error:
