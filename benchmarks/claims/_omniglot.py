@@ -151,15 +151,15 @@ def fused(sides: dict[str, dict], rates: dict[str, float]) -> dict[str, dict]:
     return {name: _kept({"fused": method, "lr": rates[name]}, lambda name=name, method=method: _fused(method, rates[name])) for name, method in sides.items()}
 
 
-def _known() -> list[dict]:
+def _measured() -> list[dict]:
     return json.loads(MEASURED.read_text()) if MEASURED.exists() else []
 
 
 def _kept(what, find) -> dict:
-    row = next((row for row in _known() if row["of"] == what), None)
+    row = next((row for row in _measured() if row["of"] == what), None)
     if row is None:
         row = {"of": what, "found": find()}
-        atomic_write(MEASURED, json.dumps([*_known(), row], indent=1) + "\n")  # others may have written meanwhile
+        atomic_write(MEASURED, json.dumps([*_measured(), row], indent=1) + "\n")  # others may have written meanwhile
     return row["found"]
 
 

@@ -17,12 +17,11 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        wanted, saved = ctx.needs_input_grad[1:], ctx.saved_tensors
-        qkv = [t.detach().float().requires_grad_(want) for t, want in zip(saved, wanted, strict=True)]
+        saved = ctx.saved_tensors
+        qkv = [t.detach().float().requires_grad_() for t in saved]
         with torch.enable_grad():
             y = ctx.call(*qkv)
-        found = iter(torch.autograd.grad(y, [t for t in qkv if t.requires_grad], g.to(y.dtype)))
-        return None, *(next(found).to(t.dtype) if want else None for t, want in zip(saved, wanted, strict=True))
+        return None, *(new.to(t.dtype) for new, t in zip(torch.autograd.grad(y, qkv, g.to(y.dtype)), saved, strict=True))
 
 
 @contextmanager
