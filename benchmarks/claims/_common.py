@@ -18,17 +18,18 @@ FOLDER = Path("runs/few-shot")
 LIMITS = "a 22M encoder in bfloat16 on ten examples of each of 77 intents, six epochs, one rate for all heads, the adapter's chosen among four on held-out data after three epochs; the paper's models are 300 times as large"
 
 
-MEASURED, BOARD = Path("benchmarks/results/few-shot.json"), Path("docs/leaderboard/few-shot.json")
+MEASURED, BOARDS = Path("benchmarks/results/few-shot.json"), [Path(f"docs/leaderboard/{name}.json") for name in ("few-shot", "quantised")]
 
 
 def few_shot(sides: dict[str, dict], quantize: str | None = None, runs: bool = False) -> dict[str, dict]:
     """{"method" with the best of RATES, "values" of the seeds, "runs"} for each method, on a base in a number format.
 
-    What MEASURED or BOARD (of docs/leaderboard, measured alike) hold is not measured again, unless the `runs` themselves are wanted;
+    What MEASURED or BOARDS (of docs/leaderboard, measured alike) hold is not measured again, unless the `runs` themselves are wanted;
     those that FOLDER holds are not done again.
     """
     base, folder = (BASE | {"quantize": quantize}, FOLDER.with_name(f"few-shot-{quantize}")) if quantize else (BASE, FOLDER)
-    known = [row for row in _kept() if row["quantize"] == quantize] + (json.loads(BOARD.read_text())["rows"] if not quantize else [])
+    listed = [row for board in BOARDS if board.exists() for row in json.loads(board.read_text())["rows"]]
+    known = [row for row in _kept() + listed if row.get("quantize") == quantize]
     found = {} if runs else {name: next((row for row in known if plain(row) == side), None) for name, side in sides.items()}
     if missing := {name: side for name, side in sides.items() if not found.get(name)}:
         result = compare(list(missing.values()), base, folder, SEEDS, rates=RATES, jobs=2, trial=TRIAL)
