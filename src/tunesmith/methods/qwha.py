@@ -43,11 +43,11 @@ class QWHALayer(WeightAdapter):
             self.c.data.copy_(c / self.scale)
 
     def change(self) -> Tensor:
-        F = self.c.new_zeros(self.shape[0] * self.size).index_put((self.index.long(),), self.c).view(-1, self.size)
-        return self.transform(F, transpose=True)[:, : self.shape[1]] * self.scale
+        F = self.c.new_zeros(self.shape[0] * self.size).index_put((self.index.long(),), self.scale * self.c).view(-1, self.size)
+        return self.transform(F, transpose=True)[:, : self.shape[1]]
 
     def merged(self, W, b):
-        return W.to(self.c.dtype) + self.change(), b
+        return W + self.change(), b
 
     def forward(self, base, x, *args, **kwargs):
         if base.site.kind != "linear" or torch.is_grad_enabled() or x.shape[:-1].numel() > FEW:
