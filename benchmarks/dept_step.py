@@ -9,8 +9,8 @@ The models are the first 8 and 16 layers and the whole 30 of the SmolLM2-135M ar
 57,600 numbers:
 
 - prompt: 100 virtual tokens, 100·576
-- dept: 48 virtual tokens and offsets of rank 36 for 256 positions, 48·576 + (256 + 576)·36; on a GPU, where a row has 512
-  tokens, 49 and rank 27, 49·576 + (512 + 576)·27
+- dept: 22 virtual tokens (the paper tries 20 to 80) and offsets of rank 54 for 256 positions, 22·576 + (256 + 576)·54; on a
+  GPU, where a row has 512 tokens, 15 and rank 45, 15·576 + (512 + 576)·45
 """
 
 import argparse
@@ -24,9 +24,9 @@ RESULT = Path(__file__).parent / "results" / "dept_step.json"
 LAYERS = (8, 16, 30)
 METHODS = {
     "prompt": {"method": "prompt-tuning", "tokens": 100},
-    "dept": {"method": "dept", "tokens": 48, "rank": 36, "max_length": 256},
+    "dept": {"method": "dept", "tokens": 22, "rank": 54, "max_length": 256},
 }
-LONGER = {"dept": {"method": "dept", "tokens": 49, "rank": 27, "max_length": 512}}
+LONGER = {"dept": {"method": "dept", "tokens": 15, "rank": 45, "max_length": 512}}
 VARIANTS = [f"{name}:{layers}" for layers in LAYERS for name in METHODS]
 
 

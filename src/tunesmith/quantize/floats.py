@@ -72,9 +72,10 @@ def scale8(v: Tensor, name: Literal["e4m3", "e5m3"]) -> Tensor:
 
 def scale8_value(codes: Tensor, name: Literal["e4m3", "e5m3"], dtype: torch.dtype = torch.float32) -> Tensor:
     """The inverse of `scale8`."""
-    low, codes = SCALES[name][0], codes.int()
-    e, m = codes // 8, (codes % 8).to(dtype)
-    return torch.where(e == 0, torch.ldexp(m, torch.tensor(low - 3)), torch.ldexp(m + 8, e + low - 4))
+    low, every = SCALES[name][0], torch.arange(256, device=codes.device)
+    e, m = every // 8, (every % 8).to(dtype)
+    known = torch.where(e == 0, torch.ldexp(m, torch.tensor(low - 3)), torch.ldexp(m + 8, e + low - 4))
+    return known.index_select(0, codes.flatten().int()).view(codes.shape)
 
 
 def fit(absmax: Tensor, name: Literal["e8m0", "e4m3", "e5m3"], mode: Mode = "floor", tensor_scale: bool = False) -> dict[str, Tensor]:

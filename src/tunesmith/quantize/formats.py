@@ -112,7 +112,8 @@ class Format(BaseModel):
         stats, n, k = self.stats(parts), shape[0] * shape[1], self.group(shape)
         if self.family == "sketch":
             return self.value(self.unpack(parts["codes"], shape), stats).view(shape)
-        values = packing.values(parts["codes"], n, self.bits, self.levels(stats["scale"]))
+        codes, scale = parts["codes"], stats["scale"]
+        values = codes.to(scale.dtype) if self.bits == 8 else packing.values(codes, n, self.bits, self.levels(scale))
         values = torch.nn.functional.pad(values, (0, -n % k)) if n % k else values
         return self._scaled(values.view(-1, k), stats).flatten()[:n].view(shape)
 
@@ -169,7 +170,11 @@ class Format(BaseModel):
     def value(self, codes: Tensor, stats: Parts) -> Tensor:
         """What codes (n, k) stand for."""
         if self.family == "sketch":
-            return stats["table"].gather(1, codes.long())
+            table = stats["table"]
+            if torch.is_grad_enabled() and table.requires_grad:
+                return table.gather(1, codes.long())
+            first = torch.arange(0, table.numel(), table.shape[1], dtype=torch.int32, device=table.device)
+            return table.flatten().index_select(0, (codes + first[:, None]).flatten()).view(codes.shape)
         return self._scaled(self.levels(stats["scale"]).index_select(0, codes.flatten().int()).view(codes.shape), stats)
 
     def levels(self, like: Tensor) -> Tensor:
