@@ -38,7 +38,7 @@ def values(packed: Tensor, n: int, bits: int, levels: Tensor) -> Tensor:
 
 def _rows(table: Tensor, index: Tensor) -> Tensor:
     """The rows of a table (m, each): as one number each, where there is one of their size, which is five times as fast."""
-    wide = WIDE.get(table[0].nbytes)
+    wide = None if torch.compiler.is_compiling() else WIDE.get(table[0].nbytes)
     return table.index_select(0, index) if wide is None else table.view(wide)[:, 0].index_select(0, index).view(table.dtype)
 
 
