@@ -29,21 +29,21 @@ def few_shot(sides: dict[str, dict], quantize: str | None = None, runs: bool = F
     """
     base, folder = (BASE | {"quantize": quantize}, FOLDER.with_name(f"few-shot-{quantize}")) if quantize else (BASE, FOLDER)
     listed = [row for board in BOARDS if board.exists() for row in json.loads(board.read_text())["rows"]]
-    known = [row for row in _kept() + listed if row.get("quantize") == quantize]
+    known = [row for row in kept(MEASURED) + listed if row.get("quantize") == quantize]
     found = {} if runs else {name: next((row for row in known if plain(row) == side), None) for name, side in sides.items()}
     if missing := {name: side for name, side in sides.items() if not found.get(name)}:
         result = compare(list(missing.values()), base, folder, SEEDS, rates=RATES, jobs=2, trial=TRIAL)
         if result["failures"]:
             raise SystemExit(result["failures"][0]["reason"])
         new = {name: {"quantize": quantize, "method": row["method"], "values": [run["value"] for run in row["runs"]]} for name, row in zip(missing, result["rows"], strict=True)}
-        atomic_write(MEASURED, json.dumps([row for row in _kept() if plain(row) not in map(plain, new.values()) or row["quantize"] != quantize] + list(new.values()), indent=1) + "\n")
+        atomic_write(MEASURED, json.dumps([row for row in kept(MEASURED) if plain(row) not in map(plain, new.values()) or row["quantize"] != quantize] + list(new.values()), indent=1) + "\n")
         found |= {name: new[name] | {"runs": row["runs"]} for name, row in zip(missing, result["rows"], strict=True)}
     return {name: found[name] for name in sides}
 
 
-def _kept() -> list[dict]:
-    """Read anew before it is written: another experiment may have added to it meanwhile."""
-    return json.loads(MEASURED.read_text()) if MEASURED.exists() else []
+def kept(file: Path) -> list | dict:
+    """What experiments have kept there, [] before the first. To be read anew before it is written: another may have added to it meanwhile."""
+    return json.loads(file.read_text()) if file.exists() else []
 
 
 def plain(row: dict) -> dict:

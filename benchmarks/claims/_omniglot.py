@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from _common import kept
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -151,15 +152,11 @@ def fused(sides: dict[str, dict], rates: dict[str, float]) -> dict[str, dict]:
     return {name: _kept({"fused": method, "lr": rates[name]}, lambda name=name, method=method: _fused(method, rates[name])) for name, method in sides.items()}
 
 
-def _measured() -> list[dict]:
-    return json.loads(MEASURED.read_text()) if MEASURED.exists() else []
-
-
 def _kept(what, find) -> dict:
-    row = next((row for row in _measured() if row["of"] == what), None)
+    row = next((row for row in kept(MEASURED) if row["of"] == what), None)
     if row is None:
         row = {"of": what, "found": find()}
-        atomic_write(MEASURED, json.dumps([*_measured(), row], indent=1) + "\n")  # others may have written meanwhile
+        atomic_write(MEASURED, json.dumps([*kept(MEASURED), row], indent=1) + "\n")
     return row["found"]
 
 

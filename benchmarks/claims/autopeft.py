@@ -12,7 +12,7 @@ import math
 import statistics
 from pathlib import Path
 
-from _common import BASE, percent, plain
+from _common import BASE, kept, percent, plain
 
 from tunesmith.bench.claims import claim, spread
 from tunesmith.bench.compare import compare
@@ -42,11 +42,11 @@ def volume(rows: list[dict], least: float, most: float) -> float:
 
 def searched(seed: int, random: bool) -> list[dict]:
     """The trials of one search, kept in MEASURED."""
-    known = json.loads(MEASURED.read_text()) if MEASURED.exists() else {}
+    known = dict(kept(MEASURED))
     name = f"{'random' if random else 'guided'} {seed}"
     if name not in known:
         found = search(CLINC, FOLDER / name.replace(" ", "-"), trials=TRIALS, startup=STARTUP, seed=seed, random=random)
-        known[name] = [{key: row[key] for key in ("value", "trainable", "method", "text", "front")} for row in found["trials"]]
+        known = dict(kept(MEASURED)) | {name: [{key: row[key] for key in ("value", "trainable", "method", "text", "front")} for row in found["trials"]]}
         atomic_write(MEASURED, json.dumps(known, indent=1) + "\n")
     return known[name]
 

@@ -32,8 +32,13 @@ def values(packed: Tensor, n: int, bits: int, levels: Tensor) -> Tensor:
     index, table = packed.int(), _table(bits, packed.device)
     if bits == 3:
         high, low = index.tensor_split((-(-n // 4),))
-        index = high << 4 | torch.stack([low >> 4, low & 15], 1).flatten()[: len(high)]
+        index = (high << 4) | torch.stack([low >> 4, low & 15], 1).flatten()[: len(high)]
     return _rows(levels[table.int()], index).flatten()[:n]
+
+
+def look_up(levels: Tensor, codes: Tensor) -> Tensor:
+    """The entry of `levels` (m,) at each of the codes, in their shape."""
+    return levels.index_select(0, codes.flatten().int()).view(codes.shape)
 
 
 def _rows(table: Tensor, index: Tensor) -> Tensor:
@@ -55,5 +60,5 @@ def _table(bits: int, device: torch.device) -> Tensor:
     """(256, 8/bits) uint8: the codes in each byte; of three bits (4096, 4), by eight bits of the plane of two and four of the other."""
     if bits == 3:
         i = torch.arange(4096, device=device)[:, None]
-        return ((i >> _shifts(2, device) + 4 & 3) << 1 | i >> _shifts(1, device)[4:] & 1).to(torch.uint8)
+        return ((((i >> (_shifts(2, device) + 4)) & 3) << 1) | ((i >> _shifts(1, device)[4:]) & 1)).to(torch.uint8)
     return (torch.arange(256, dtype=torch.uint8, device=device)[:, None] >> _shifts(bits, device)) & (2**bits - 1)

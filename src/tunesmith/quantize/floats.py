@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .bits import look_up
+
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]  # by code
 LARGEST = 6.0
 SCALES = {"e4m3": (-6, 448.0), "e5m3": (-14, 114688.0)}  # exponent of the smallest normal number, largest number
@@ -75,7 +77,7 @@ def scale8_value(codes: Tensor, name: Literal["e4m3", "e5m3"], dtype: torch.dtyp
     low, every = SCALES[name][0], torch.arange(256, device=codes.device)
     e, m = every // 8, (every % 8).to(dtype)
     known = torch.where(e == 0, torch.ldexp(m, torch.tensor(low - 3)), torch.ldexp(m + 8, e + low - 4))
-    return known.index_select(0, codes.flatten().int()).view(codes.shape)
+    return look_up(known, codes)
 
 
 def fit(absmax: Tensor, name: Literal["e8m0", "e4m3", "e5m3"], mode: Mode = "floor", tensor_scale: bool = False) -> dict[str, Tensor]:

@@ -174,8 +174,8 @@ class Format(BaseModel):
             if torch.is_grad_enabled() and table.requires_grad:
                 return table.gather(1, codes.long())
             first = torch.arange(0, table.numel(), table.shape[1], dtype=torch.int32, device=table.device)
-            return table.flatten().index_select(0, (codes + first[:, None]).flatten()).view(codes.shape)
-        return self._scaled(self.levels(stats["scale"]).index_select(0, codes.flatten().int()).view(codes.shape), stats)
+            return packing.look_up(table.flatten(), codes + first[:, None])
+        return self._scaled(packing.look_up(self.levels(stats["scale"]), codes), stats)
 
     def levels(self, like: Tensor) -> Tensor:
         """The values of the codes before scaling, (2^bits,)."""
@@ -245,7 +245,7 @@ def blockwise(x: Tensor, levels: list[float]) -> tuple[Tensor, Tensor]:
 
 def unblocked(codes: Tensor, scale: Tensor, levels: list[float]) -> Tensor:
     """The values that `blockwise` rounded to, in scale's dtype."""
-    values = torch.tensor(levels).to(scale).index_select(0, codes.flatten().int())
+    values = packing.look_up(torch.tensor(levels).to(scale), codes.flatten())
     return values.mul_(scale.repeat_interleave(BLOCK)[: len(values)]).view(codes.shape)
 
 
