@@ -75,3 +75,27 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     finally:
         if temporary and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def only_writer(folder: str | Path) -> Iterator[None]:
+    """Keep other processes, also those of machines that share the disk, from such a block for `folder`; one that is killed keeps nobody.
+
+    Raises `TunesmithError` at once where another is in it.
+    """
+    from filelock import FileLock, Timeout
+
+    folder = Path(folder).resolve()
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise TunesmithError(f"another process is writing {folder}; wait until it has ended, or choose another folder") from None
+    except OSError as error:
+        raise TunesmithError(f"cannot write {folder.parent}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()

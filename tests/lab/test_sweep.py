@@ -61,6 +61,13 @@ def test_a_killed_sweep_goes_on(tmp_path):
     assert len(json.loads(done.stdout)["rows"]) == len(grid("small"))
 
 
+def test_two_sweeps_do_not_write_to_one_folder(tmp_path):
+    again = lambda *event: sweep(tmp_path / "s", CONFIGS[:1], ["regression"], [0], 0.02)  # noqa: E731
+    with pytest.raises(TunesmithError, match="another process is writing .*s; wait"):
+        sweep(tmp_path / "s", CONFIGS[:1], ["regression"], [0], 0.02, progress=again)
+    assert again()["rows"]
+
+
 def test_runs_are_the_same_twice_and_each_task_learns():
     for task in ("regression", "classification", "diffusion"):
         config = FP4(stochastic=("g",), hadamard="both")

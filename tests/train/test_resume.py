@@ -11,7 +11,9 @@ import time
 import pytest
 from safetensors.torch import load_file
 
+from tunesmith import TunesmithError
 from tunesmith.train import recipe as recipes
+from tunesmith.train.loop import run
 
 TIMES = ("time_s", "train_s", "tokens_per_s", "peak_mb")
 # A server that has imported everything, computed nothing, and forks a fresh process for each run.
@@ -26,7 +28,6 @@ def train(values, resume=False, env=None, last=None):
     import torch
 
     torch.set_num_threads(1)
-    from tunesmith.train.loop import run
 
     def watch(event):
         if event["event"] == "step" and event["step"] == last:
@@ -93,6 +94,23 @@ def test_a_killed_run_ends_in_the_same_bits(here, models, data, kind, source, me
     finished(values | {"output": "cut"}, True)
     same(outcome(here / "cut"), outcome(here / "whole"))
     assert not list((here / "cut").glob(".*")) and not (here / "cut" / "checkpoint").exists()
+
+
+def test_a_folder_has_one_writer(here, models, data):
+    values = {"model": models["bert"], "data": data["tickets"], "epochs": 1, "output": "one"}
+    refused = []
+
+    def watch(event):
+        if event["event"] == "step" and not refused:
+            for more in ({"resume": True}, {"overwrite": True}):
+                with pytest.raises(TunesmithError, match="another process is writing .*one; wait until it has ended") as error:
+                    run(recipes.check(values), **more)
+                refused.append(str(error.value))
+
+    run(recipes.check(values), watch)
+    assert len(refused) == 2 and (here / "one" / "summary.json").exists()
+    assert not [file for file in here.iterdir() if file.name.startswith(".")]
+    run(recipes.check(values), overwrite=True)
 
 
 def in_two_processes(values):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..bench.compare import pareto
 from ..errors import TunesmithError, nearest
-from ..files import atomic_write
+from ..files import atomic_write, only_writer
 from . import page
 from .cost import cost
 from .fp4 import FP4
@@ -55,7 +55,8 @@ def sweep(
 
     `share`: of the tasks' usual steps. `jobs`: processes at once. A run that runs.jsonl holds is not done again, so that a killed
     sweep goes on where it was. `progress(done, total, text)`. Returns what fp4.json holds.
-    Raises `TunesmithError` for no task or an unknown one, for data that a task needs and does not find, and where a process is killed.
+    Raises `TunesmithError` for no task or an unknown one, for data that a task needs and does not find, where another sweep writes
+    to `output`, and where a process is killed.
     """
     output, tasks, seeds = Path(output), list(tasks), list(seeds)
     if not tasks or not seeds:
@@ -67,7 +68,11 @@ def sweep(
         from .tasks import shakespeare
 
         shakespeare()
-    configs = [None, *dict.fromkeys(configs)]
+    with only_writer(output):
+        return _sweep(output, [None, *dict.fromkeys(configs)], tasks, seeds, share, jobs, progress)
+
+
+def _sweep(output, configs, tasks, seeds, share, jobs, progress):
     wanted = {_key(task, config, seed, share): (task, config, seed) for config in configs for task in tasks for seed in seeds}
     known = {key: loss for key, loss in _read(output / RUNS).items() if key in wanted}
     todo = [key for key in wanted if key not in known]

@@ -10,6 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from .. import data, optim
 from ..data import columns as cols
 from ..data import tasks
 from ..errors import TunesmithError
+from ..files import only_writer
 from ..methods import parse
 from ..models import evaluating, quick_attention
 from ..quantize import forget
@@ -53,11 +55,12 @@ class RunResult:
 def run(recipe: Recipe, progress: Tell | None = None, resume: bool = False, overwrite: bool = False) -> RunResult:
     """Train as `recipe` says and leave a run folder; with `resume`, go on where a killed run of the same recipe stopped.
 
-    Raises `TunesmithError` for bad input, before anything is written; when the loss is no longer a number; and when the disk
-    is full, with the last checkpoint intact.
+    Raises `TunesmithError` for bad input, before anything is written; where another process is writing to the folder; when the loss
+    is no longer a number; and when the disk is full, with the last checkpoint intact.
     """
     try:
-        return _run(recipe, progress, resume, overwrite)
+        with ExitStack() as locks:
+            return _run(recipe, progress, resume, overwrite, locks)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -66,18 +69,18 @@ def run(recipe: Recipe, progress: Tell | None = None, resume: bool = False, over
         ) from error
 
 
-def _first_stage(recipe, pruning, progress, overwrite) -> light_peft.Start:
+def _first_stage(recipe, pruning, progress, overwrite, locks) -> light_peft.Start:
     """A short run, in a folder beside the run's own, that says what of the model and its adapter the run begins with."""
     folder = Path(f"{recipe.output}-estimate")
     short = {"epochs": pruning.steps, "max_steps": pruning.steps, "eval_every": pruning.steps, "test": None, "baseline": False, "output": str(folder)}
     fields = pruning.model_dump(exclude_defaults=True) | {"prune": "light-peft", "stage": "estimate"}
-    _run(recipe.model_copy(update=short | {"prune": fields}), progress, folder.exists() and not overwrite, overwrite)
+    _run(recipe.model_copy(update=short | {"prune": fields}), progress, folder.exists() and not overwrite, overwrite, locks)
     if dist.is_initialized():
         dist.barrier()  # the first process has written what all read
     return light_peft.read(folder)
 
 
-def _run(recipe, progress, resume, overwrite):
+def _run(recipe, progress, resume, overwrite, locks):
     device, rank, world = processes(recipe.device)
     tell = progress if progress and rank == 0 else lambda event: None
 
@@ -130,7 +133,7 @@ def _run(recipe, progress, resume, overwrite):
         summary = json.loads((folder / "summary.json").read_text())
         return RunResult(folder, summary["eval"], summary)
 
-    begun = _first_stage(recipe, pruning, progress, overwrite) if pruning and pruning.stage == "both" else None
+    begun = _first_stage(recipe, pruning, progress, overwrite, locks) if pruning and pruning.stage == "both" else None
     if begun:
         method = begun.method(method)
 
@@ -212,6 +215,7 @@ def _run(recipe, progress, resume, overwrite):
     if rank == 0:
         counts = {"rows": len(rows), "train_rows": len(train), "eval_rows": len(held) if held is not None else 0}
         about = {"source": recipe.data, "task": task.name, **counts, "columns": columns, "labels": labels, "tasks": task_names}
+        locks.enter_context(only_writer(folder))
         run_folder.start(folder, recipe, about | {"fingerprint": data.fingerprint(rows)}, overwrite)
     whole = parameters | checkpoint.fixed(model)
     state = checkpoint.read(state_file, whole, optimizer, stages) if go_on else checkpoint.Progress()
