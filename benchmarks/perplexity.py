@@ -1,6 +1,7 @@
 """Perplexity and size of SmolLM2-135M with its linear layers in few bits, rounded to nearest and calibrated.
 
-    python benchmarks/perplexity.py            # writes benchmarks/results/perplexity.json
+    python benchmarks/perplexity.py                        # writes benchmarks/results/perplexity.json
+    python benchmarks/perplexity.py --formats int4 int3    # measures these anew and keeps the other rows
 
 The text is tiny Shakespeare: 16 pieces of 512 tokens from its beginning calibrate (GPTQ), 24 from its last tenth are scored.
 With bitsandbytes installed, its NF4 stands beside ours: the same model with each weight as that library gives it back.
@@ -8,6 +9,7 @@ With bitsandbytes installed, its NF4 stands beside ours: the same model with eac
 
 import argparse
 import importlib.util
+import json
 import math
 import os
 from pathlib import Path
@@ -43,25 +45,32 @@ def bitsandbytes_nf4(model):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "perplexity.json")
+    parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS))
     args = parser.parse_args()
     model, tokenizer = models.load("smollm2-135m", "lm")
     text = (Path(os.environ.get("TUNESMITH_DATA", "../shared/data")) / "text/tinyshakespeare.txt").read_text(encoding="utf-8")
-    known, scored = (torch.tensor(tokenizer(part)["input_ids"]).split(LENGTH) for part in (text[: len(text) // 10], text[-len(text) // 10 :]))
-    known, scored = known[:KNOWN], scored[:SCORED]
+    learned, scored = (torch.tensor(tokenizer(part)["input_ids"]).split(LENGTH) for part in (text[: len(text) // 10], text[-len(text) // 10 :]))
+    learned, scored = learned[:KNOWN], scored[:SCORED]
 
     def calibrate(model):
         with torch.no_grad():
-            for piece in known:
+            for piece in learned:
                 model(input_ids=piece[None])
 
+    known = json.loads(args.output.read_text(encoding="utf-8"))["rows"] if args.output.exists() else {}
     found = {"float32": {"perplexity": perplexity(model, scored)}}
     for name, format in FORMATS.items():
+        if name not in args.formats:
+            found |= {row: known[row] for row in (name, f"{name}, calibrated") if row in known}
+            continue
         for how in (None, calibrate) if name in CALIBRATED else (None,):
             fresh, _ = models.load("smollm2-135m", "lm")
             size = ts.quantize.footprint(ts.quantize(fresh, format, calibrate=how))
             row = {key: size[key] for key in ("bytes", "closed_form", "bits_per_weight")} | {"perplexity": perplexity(fresh, scored)}
             found[f"{name}, calibrated" if how else name] = row
             print(name, "calibrated" if how else "", row, flush=True)
+    if "bitsandbytes nf4" in known:
+        found["bitsandbytes nf4"] = known["bitsandbytes nf4"]
     if importlib.util.find_spec("bitsandbytes"):
         found["bitsandbytes nf4"] = {"perplexity": perplexity(bitsandbytes_nf4(model), scored)}
     keep(

@@ -1,10 +1,9 @@
-"""The table of benchmarks/README.md from what the benchmarks wrote to results/.
+"""The tables of benchmarks/README.md from what the benchmarks wrote to results/.
 
 python benchmarks/tables.py
 """
 
 import json
-import re
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -24,7 +23,7 @@ def ratios(name: str) -> dict[str, dict]:
     )
 
 
-def table() -> str:
+def steps() -> str:
     lines = ["| step | of | beside | time | memory |", "|---|---|---|---|---|"]
     for name, title in STEPS.items():
         for pair, ratio in ratios(name).items() if (HERE / "results" / f"{name}.json").exists() else []:
@@ -34,8 +33,21 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def formats() -> str:
+    rows = json.loads((HERE / "results" / "perplexity.json").read_text(encoding="utf-8"))["rows"]
+    lines = ["| linear weights in | bits each | MB | perplexity |", "|---|---|---|---|"]
+    for name, row in rows.items():
+        size = f"{row['bits_per_weight']:.2f} | {row['bytes'] / 1e6:.1f}" if "bytes" in row else " | "
+        lines.append(f"| {name} | {size} | {row['perplexity']:.2f} |")
+    return "\n".join(lines)
+
+
 def page(text: str) -> str:
-    return re.sub(r"<!-- steps -->.*?<!-- end of steps -->", lambda _: f"<!-- steps -->\n{table()}\n<!-- end of steps -->", text, flags=re.S)
+    for name, content in (("steps", steps()), ("formats", formats())):
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        before, rest = text.split(begin)
+        text = f"{before}{begin}{content}\n{end}{rest.split(end)[1]}"
+    return text
 
 
 if __name__ == "__main__":

@@ -375,6 +375,8 @@ def search(
 
     def tell(event):
         if not (quiet or as_json):
+            if event["event"] == "note":
+                return typer.echo(event["text"], err=True)
             typer.echo(f"{event['done']:4d}/{event['total']}  {event['metric']} {event['value']:.4f}  {event['cost']:,.4g}  {event['text']}", err=True)
 
     options = {

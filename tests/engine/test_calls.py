@@ -167,3 +167,19 @@ def test_a_gradient_that_is_not_finite():
     model = nn.Sequential(nn.Linear(4, 5))
     with pytest.raises(ts.TunesmithError, match="gradient at '0' is not finite"):
         score(model, {s.path: s for s in sites(model)}, lambda model: (model(torch.ones(1, 4)) * float("inf")).sum().backward())
+
+
+def test_padding_does_not_count_as_input():
+    from tests import tiny
+    from tunesmith.engine.sites import find
+
+    model, ids = tiny.BUILDERS["bert"](), torch.arange(5, 13)[None]
+    padded = {"input_ids": torch.cat([ids, ids.new_zeros(1, 24)], 1), "attention_mask": torch.tensor([[1] * 8 + [0] * 24])}
+    found = {}
+    for name, batch in (("alone", {"input_ids": ids, "attention_mask": torch.ones_like(ids)}), ("padded", padded)):
+        chosen = {path: site for path, (site, _) in find(model, "all-linear", ("linear",)).items()}
+        score(model, chosen, lambda model, batch=batch: model(**batch), ("moments", "inputs"))
+        found[name] = {path: (site.moments, site.inputs) for path, site in chosen.items()}
+    for path, each in found["alone"].items():
+        for a, b in zip(each, found["padded"][path], strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)

@@ -273,3 +273,25 @@ def test_training_a_tied_weight_in_full_trains_it_once(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(ts.merge(model)(**BATCH).logits, expected, atol=1e-6, rtol=0)
     assert model.lm_head.weight is model.get_input_embeddings().weight  # the same change on both sides: still one weight
+
+
+class Twice(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "bone", "qwha", "neuroada", "ssf", "l4q", "mola", "series-adapter"])
+def test_a_linear_layer_that_does_more_goes_on_doing_it(method):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Twice(12, 12), nn.Linear(12, 12)), torch.randn(3, 12)
+    before, config = model(x).detach(), ts.methods.parse(method)
+    ts.adapt(model, method, targets="0")
+    if config.identity:
+        torch.testing.assert_close(model(x), before)
+    with torch.no_grad():
+        for p in ts.trainable(model).values():
+            p.add_(0.1 * torch.randn_like(p))
+    after = model(x).detach()
+    assert (after - before).abs().max() > 1e-3
+    if config.mergeable:
+        torch.testing.assert_close(ts.merge(model)(x), after)

@@ -140,3 +140,26 @@ def test_the_counts_of_the_worked_layer():
     assert cost(FP4(scale="e4m3", tensor_scale=True)).syncs == 6 and cost(FP4(stochastic=("g",))).rng_draws == 2 * 4096 * 11008
     assert plain.bytes == 2 * 213_909_504 + 213_909_504 // 2 + 213_909_504 // 32 and plain.overhead == pytest.approx(1250 * plain.bytes / plain.flops_gemm)
     assert cost(None).overhead == 0 < plain.overhead == cost(FP4(stochastic=("g",))).overhead  # bound by memory
+
+
+def test_an_adapter_on_quantised_products_keeps_them():
+    import tunesmith as ts
+
+    torch.manual_seed(0)
+    x, exact = torch.randn(4, 32), nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))
+    expected = exact(x)
+    model = convert(exact, FP4())
+    quantised = model(x)
+    assert (quantised - expected).abs().max() > 1e-3
+    assert torch.equal(ts.adapt(model, "lora", targets="0")(x), quantised)
+    with pytest.raises(TunesmithError, match="has adapters; quantise its products before"):
+        convert(model, FP4())
+
+
+def test_products_add_up_in_float32_under_autocast():
+    layer = convert(nn.Sequential(nn.Linear(64, 16)), FP4(scale="e4m3", tensor_scale=True))
+    x = torch.randn(8, 64)
+    plain = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(x), plain)
+    assert layer(x[:0]).shape == (0, 16)

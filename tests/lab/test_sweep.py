@@ -123,3 +123,7 @@ def test_an_interrupted_sweep_ends_at_once(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     process.wait(timeout=30)
     assert not psutil.wait_procs(children, timeout=30)[1]
+
+
+def test_ten_steps_are_enough_for_the_schedule():
+    assert run("regression", None, 0, 10 / TASKS["regression"][1]) > 0

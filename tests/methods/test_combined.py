@@ -97,3 +97,33 @@ def test_a_module_that_is_trained_in_full_is_none_of_the_parts():
     model = ts.adapt(tiny.tiny_bert(), {"method": "combined", "parts": ["bitfit", "lora"], "modules_to_save": ["classifier"]})
     record = model.__dict__["_tunesmith"].records["default"]
     assert "classifier" not in record.sites and "classifier" in adapters(model, "default")
+
+
+def test_a_prompt_enters_before_a_prefix_in_any_order():
+    batch, found = inputs("llama"), []
+    for parts in (["prompt-tuning", "prefix-tuning"], ["prefix-tuning", "prompt-tuning"]):
+        torch.manual_seed(0)
+        model = ts.adapt(build(), {"method": "combined", "parts": parts})
+        with torch.no_grad():
+            for path, p in ts.trainable(model).items():
+                p.copy_(torch.linspace(-1, 1, p.numel()).view_as(p) * (2 if "prompt" in path else 1))
+        found.append(logits(model, batch))
+        model(**batch).logits.square().mean().backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in ts.trainable(model).values())
+    torch.testing.assert_close(*found)
+
+
+def test_virtual_tokens_inside_do_not_share_a_cache():
+    model = build()
+    for name in ("a", "b"):
+        ts.adapt(model, {"method": "combined", "parts": ["prefix-tuning", "lora"]}, name=name)
+    ids = inputs("llama")["input_ids"][:2]
+    with ts.mixed(model, ["a", "b"]), pytest.raises(ts.TunesmithError, match="cannot share a KV cache"):
+        model.generate(ids, max_new_tokens=2)
+
+
+def test_combined_as_the_method_of_some_layers():
+    model = ts.adapt(build(), {"method": "lora", "targets": {"q_proj": {"method": "combined", "parts": ["lora", "ia3"]}, "v_proj": {}}})
+    for path, layer in adapters(model, "default").items():
+        trained = sum(p.numel() for p in layer.parameters())
+        assert trained == sum(site.trainable for site in ts.summary(model).sites if site.path == path) > 0

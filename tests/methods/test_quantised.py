@@ -188,3 +188,37 @@ def test_quantised_training_keeps_one_matrix_at_a_time(tmp_path):
     shapes = {tuple(w.shape) for w in packed_weights(model).values()}
     assert not [t for t in kept if tuple(t.shape) in shapes and not isinstance(t, PackedWeight) and t.dim() == 2 and t.is_floating_point() and not t.requires_grad]
     assert Format(format="int4").bytes((64, 64)) == 64 * 64 // 2 + 64 * 3
+
+
+@pytest.mark.parametrize("format", [None, "int4"])
+def test_what_stands_for_the_whole_weight_is_put_first(format):
+    model = tiny.BUILDERS["llama"]()
+    if format:
+        ts.quantize(model, format)
+    ts.adapt(model, "lora", name="l")
+    ts.adapt(model, "peqa", name="p")
+    with pytest.raises(ts.TunesmithError, match="'p' stands for the whole weight of .*'l' would have no effect"):
+        ts.activate(model, ["l", "p"])
+    ts.activate(model, ["p", "l"])
+    ts.merge(ts.activate(model, "l") or model)
+    with pytest.raises(ts.TunesmithError, match="'p' stands for the whole weight"):
+        ts.activate(model, "p")
+    ts.adapt(model, "peqa", name="later")  # rounds what the merge left
+    with pytest.raises(ts.TunesmithError, match="PEQALayer stands for the whole weight"):
+        ts.adapt(tiny.BUILDERS["llama"](), {"method": "combined", "parts": ["lora", "peqa"]})
+    ts.adapt(tiny.BUILDERS["llama"](), {"method": "combined", "parts": ["peqa", "lora"]})
+
+
+def test_tables_do_not_decay():
+    model = ts.adapt(tiny.BUILDERS["llama"](), "sketchtune")
+    assert all(group["weight_decay"] == 0 for group in optim.build(model, weight_decay=0.1).param_groups)
+
+
+@pytest.mark.parametrize("width", [5, 6])
+def test_qwha_with_every_coefficient_free_leaves_nothing(width):
+    torch.manual_seed(0)
+    error = torch.randn(64, width, dtype=torch.float64)
+    order = hadamard.length(width)
+    index, c = start(error, None, 64 * order, 1.0)
+    F = torch.zeros(64 * order, dtype=torch.float64).index_put((index,), c).view(64, order)
+    torch.testing.assert_close(BASES["hadamard"](F, transpose=True)[:, :width], error, atol=1e-6, rtol=1e-6)

@@ -73,7 +73,7 @@ def test_choices(choice):
         model = ts.adapt(make("llama"), ts.S2FT(heads=0, channels=0.1, choice=choice, largest=largest), calibrate=lambda m: logits(m, batch).square().mean().backward())
         base = make("llama")
         down, seen = base.model.layers[0].mlp.down_proj, []
-        down.register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0].detach().abs().flatten(0, 1).mean(0)))
+        down.register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0].detach().abs()[batch["attention_mask"].bool()].mean(0)))
         logits(base, batch).square().mean().backward()
         weight = down.weight.detach().norm(dim=0)
         score = {"weight": weight, "activation": seen[0], "product": seen[0] * weight, "gradient": down.weight.grad.norm(dim=0)}[choice]

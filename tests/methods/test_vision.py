@@ -241,3 +241,17 @@ def test_backbones_without_a_head():
     ).eval()
     for method in ("vpt", "convpass"):
         assert ts.adapt(model, method, name=method)(**BATCH).last_hidden_state.shape == (3, 5, 32)
+
+
+def test_ssf_scales_what_a_norm_multiplies_by():
+    from transformers import GemmaConfig, GemmaForCausalLM
+
+    config = GemmaConfig(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+    norm = GemmaForCausalLM(config).eval().model.layers[0].input_layernorm
+    x, model = torch.randn(2, 3, 32), torch.nn.Sequential(norm)
+    before = model(x)
+    ts.adapt(model, "ssf", targets="0")
+    with torch.no_grad():
+        next(iter(ts.trainable(model).values())).fill_(3)
+    torch.testing.assert_close(model(x), 3 * before)
+    torch.testing.assert_close(ts.merge(model)(x), 3 * before)

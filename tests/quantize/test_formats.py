@@ -112,3 +112,13 @@ def test_calibration_refuses_what_it_cannot_do():
         feedback.encode(torch.randn(4, 40), torch.eye(40), Format(format="nf4", group_size=32))
     with pytest.raises(TunesmithError, match="not finite"):
         feedback.encode(torch.randn(4, 40), torch.full((40, 40), float("nan")), Format(format="int4"))
+
+
+def test_a_group_is_the_nearest_that_divides_a_row():
+    def group(wanted, row, name="int4"):
+        return Format(format=name, group_size=wanted).group((3, row))
+
+    assert [group(64, row) for row in (64, 576, 131, 262, 72, 40)] == [64, 64, 131, 131, 72, 40]
+    assert group(None, 131, "mxfp4") == 131 and group(None, 130, "nvfp4") == 13 and group("row", 131) == 131 and group(64, 131, "nf4") == 64
+    W = torch.randn(3, 131)
+    assert sum(t.nbytes for t in Format(format="int4").encode(W).values()) == 3 * 131 // 2 + 1 + 3 * 3  # codes; a scale in half and a zero for each row

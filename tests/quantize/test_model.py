@@ -99,3 +99,32 @@ def test_originals_are_kept_until_they_are_forgotten():
     model = quantize(tiny.BUILDERS["llama"](), "nf4", keep=True)
     assert all(w.original is not None and w.original.shape == w.shape for w in packed_weights(model).values())
     assert all(w.original is None for w in packed_weights(forget(model)).values())
+
+
+def test_calibration_and_a_rounding_of_its_own_do_not_go_together():
+    with pytest.raises(TunesmithError, match="leave one of them out"):
+        quantize(tiny.BUILDERS["llama"](), "int4", calibrate=logits, rounding=ts.methods.LoftQ(iterations=2).rounding)
+
+
+def test_a_packed_model_in_distributed_data_parallel(tmp_path):
+    import torch.distributed as dist
+
+    model = ts.adapt(ts.quantize(tiny.BUILDERS["llama"](), "int4"), "lora")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model)
+        parallel(**tiny.batch("llama")).logits.square().mean().backward()
+    finally:
+        dist.destroy_process_group()
+    assert all(p.grad is not None for p in ts.trainable(parallel).values())
+
+
+def test_a_state_goes_over_to_a_model_packed_alike():
+    one, other = (ts.quantize(tiny.tiny_llama(), "nf4") for _ in range(2))
+    for w in packed_weights(other).values():
+        w.parts["scale"].mul_(2)
+    assert not torch.equal(logits(one), logits(other))
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(logits(one), logits(other))
+    with pytest.raises(RuntimeError, match="cannot be changed in place"):
+        other.load_state_dict(ts.quantize(tiny.tiny_llama(), "int4").state_dict())

@@ -189,6 +189,30 @@ def test_a_second_stage_begins_where_the_first_ended(here, models, data):
     assert first.keys() == last.keys() and all(torch.allclose(first[key], last[key], atol=1e-6) for key in first)
 
 
+def test_what_has_no_ranks_to_cut_starts_again(here, models, data):
+    run(recipe(models, data, method={"method": "dora", "rank": 2}, max_steps=1))
+    first = store.read_tensors(here / "run-estimate" / "pruned" / "start.safetensors")
+    assert first and all(key.startswith("classifier") for key in first)
+
+
+def test_padding_has_no_part_in_a_language_models_ratios():
+    found = []
+    for pads in (0, 24):
+        torch.manual_seed(0)
+        model = ts.adapt(tiny.tiny_llama(), {"method": "lora", "rank": 2})
+        with torch.no_grad():
+            for p in ts.trainable(model).values():
+                p.copy_(torch.randn_like(p))
+        light = LightPEFT()
+        light.prepare(model)
+        stage = ts.stages(model.train(), 1, light).parts["selection"]
+        ids = torch.cat([torch.arange(3, 11), torch.zeros(pads, dtype=torch.long)])[None]
+        mask = torch.tensor([[1] * 8 + [0] * pads])
+        ts.causal_lm_loss(model, ids, ids.masked_fill(mask == 0, -100), mask)
+        found.append({path: float(stage.sums[path]) / stage.counts[path] for path in stage.own})
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
 def test_what_cannot_be_combined_is_refused(here, models, data):
     with pytest.raises(TunesmithError, match="leave one of them out"):
         run(recipe(models, data, selection="ist"))

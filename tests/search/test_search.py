@@ -158,3 +158,46 @@ def test_workers_on_ray(tmp_path, base):
     assert len({row["folder"] for row in found["trials"]}) == len(found["trials"]) and (tmp_path / "s" / "search.html").exists()
     with pytest.raises(TunesmithError, match="of another recipe, space or cost"):
         on_ray(base | {"epochs": 2}, tmp_path / "s", 1, space=SPACE, trials=8)
+
+
+def test_a_search_that_gets_nowhere_ends(tmp_path, base, monkeypatch, capfd):
+    monkeypatch.setattr(module, "train_in_child", lambda recipe: "out of memory")
+    told = []
+    for tries in (5, 6):  # another worker, or the same one again
+        with pytest.raises(TunesmithError, match="the first 5 trials failed, the last one with: out of memory"):
+            search(base, tmp_path / "s", SPACE, trials=8, progress=told.append)
+        assert len(told) == tries and all("out of memory" in event["text"] for event in told)
+    assert "Traceback" not in capfd.readouterr().err
+    with pytest.raises(TunesmithError, match="held out from training: give eval, or a holdout"):
+        search(base | {"holdout": 0}, tmp_path / "t", SPACE)
+
+
+def test_a_search_ends_where_its_space_does(tmp_path, base, monkeypatch):
+    monkeypatch.setattr(module, "train_in_child", fake(values := {}))
+    space = Space(parts={"lora": [0, 1, 2, 4]}, layers="all")
+    found = search(base, tmp_path / "s", space, trials=9)
+    assert len(found["trials"]) == len(values["runs"]) == 3
+    assert search(base, tmp_path / "s", space, trials=9)["trials"] == found["trials"] and len(values["runs"]) == 3
+
+
+def test_an_interrupted_trial_is_taken_up_again(tmp_path, base, monkeypatch):
+    def interrupt(recipe):
+        raise KeyboardInterrupt
+
+    space = Space(parts={"lora": [0, 1, 2, 4]}, layers="all")
+    monkeypatch.setattr(module, "train_in_child", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        search(base, tmp_path / "s", space, trials=3)
+    monkeypatch.setattr(module, "train_in_child", fake({}))
+    assert sorted(row["trainable"] for row in search(base, tmp_path / "s", space, trials=3)["trials"]) == [2, 4, 8]
+
+
+def test_changed_data_are_another_search(tmp_path, base, monkeypatch):
+    monkeypatch.setattr(module, "train_in_child", fake({}))
+    mine = tmp_path / "mine.csv"
+    text = module.Path(base["data"]).read_text()
+    mine.write_text(text)
+    search(base | {"data": str(mine)}, tmp_path / "s", SPACE, trials=2)
+    mine.write_text(text + text.splitlines()[1] + "\n")
+    with pytest.raises(TunesmithError, match="or of data that have changed"):
+        search(base | {"data": str(mine)}, tmp_path / "s", SPACE, trials=2)

@@ -1,5 +1,6 @@
 """The space of configurations, and the sampler over it."""
 
+import itertools
 import math
 import random
 
@@ -107,3 +108,15 @@ def test_what_another_worker_tries_is_not_proposed():
     points = {tuple(study.ask(dict(sampler.infer_relative_search_space(study, None))).params.values()) for _ in range(2)}
     assert points == {(1,), (2,)}
     assert np.isfinite(hypervolume(searched(math.inf, 3, 5)))
+
+
+@pytest.mark.parametrize("layers", ["any", "all"])
+@pytest.mark.parametrize("parts", [{"lora": [0, 1, 4]}, {"lora": [1, 4], "prefix-tuning": [0, 2]}, {"lora": [0, 1], "prefix-tuning": [0, 2, 3], "prompt-tuning": [0, 5]}, {"prefix-tuning": [1, 2]}])
+def test_the_size_of_a_space(parts, layers):
+    space = Space(parts=parts, layers=layers)
+    points = [point for point in itertools.product(*map(range, space.choices(3))) if space.valid(point)]
+    assert space.size(3) == len(points) == len({str(space.method(point)) for point in points})
+
+
+def test_a_field_may_be_a_list_of_names():
+    assert Space(parts={"lora": {"rank": [0, 4], "targets": ["q_proj", "v_proj"]}}).sizes == [("lora", "rank", [0, 4], {"targets": ["q_proj", "v_proj"]})]

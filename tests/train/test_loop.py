@@ -308,3 +308,12 @@ def test_texts_are_cut_to_what_a_method_takes(here, models):
     (here / "long.csv").write_text("text,label\n" + "".join(f'"{"how do I top up " * (5 + i)}",{"ab"[i % 2]}\n' for i in range(20)))
     run(recipes.check(QUICK | {"model": models["bert"], "data": "long.csv", "method": {"method": "combined", "parts": [{"method": "dept", "max_length": 16}, "bitfit"]}}))
     assert recipes.load(here / "run" / "recipe.yaml").max_length == 16
+
+
+@pytest.mark.parametrize(("kind", "method"), [("bert", "prompt-tuning"), ("bert", {"method": "combined", "parts": ["prefix-tuning", "lora"]}), ("gpt2", "prefix-tuning")])
+def test_virtual_tokens_leave_positions_to_the_text(here, models, data, kind, method):
+    room = tiny.BUILDERS[kind]().config.max_position_embeddings
+    (here / "long.csv").write_text("text,label\n" + "".join(f"{'money ' * 3 * room},{'ab'[i % 2]}\n" for i in range(8)))
+    start({"model": models[kind] if kind in models else str(tiny.save_tiny(here / kind, kind)), "data": "long.csv", "method": method, "max_length": 4 * room, "task": "classification"})
+    assert predict_texts("run", ["money " * 4 * room])
+    refused("virtual tokens do not fit before a text", {"model": models["bert"], "data": data["tickets"], "method": {"method": "prompt-tuning", "tokens": 5000}, "output": "no"})

@@ -93,3 +93,18 @@ def test_formats_are_checked_before_anything_is_read(tmp_path):
         check({"model": "m", "data": "d", "quantize": "nf5"})
     with pytest.raises(TunesmithError, match="no field 'group'"):
         check({"model": "m", "data": "d", "quantize": {"format": "nf4", "group": 3}})
+
+
+def test_weights_that_were_trained_have_no_original(models, data, tmp_path):
+    run(recipe(models["llama"], data["sums"], tmp_path / "run", method="peqa", quantize="int4", task="sft", max_steps=2))
+    merge_to_folder(tmp_path / "run", tmp_path / "merged")
+    with pytest.raises(TunesmithError, match="loftq starts from what rounding took .*holds those that training ended with"):
+        run(recipe(str(tmp_path / "merged"), data["sums"], tmp_path / "next", method="loftq", task="sft"))
+    assert run(recipe(str(tmp_path / "merged"), data["sums"], tmp_path / "next", method="lora", task="sft", max_steps=1)).metrics
+
+
+def test_a_method_of_some_layers_starts_from_their_originals(models):
+    method = ts.methods.parse({"method": "lora", "targets": {"q_proj": {"method": "qwha"}, "v_proj": {}}})
+    model, _ = base.load(models["llama"], "sft", format="int2", method=method)
+    ts.adapt(model, method)
+    assert all(p.abs().sum() > 0 for path, p in ts.trainable(model).items() if path.endswith(".c"))

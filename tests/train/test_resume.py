@@ -124,8 +124,9 @@ def in_two_processes(values):
     assert [child.exitcode for child in children] == [0, 0]
 
 
-def test_two_processes_train_as_one(here, models, data):
-    values = {"model": models["llama"], "data": data["sums"], "epochs": 2, "batch_size": 4, "lr": 0.01, "max_new_tokens": 2, "seed": 3}
+@pytest.mark.parametrize("selection", [None, {"selection": "ist", "interval": 3}])
+def test_two_processes_train_as_one(here, models, data, selection):
+    values = {"model": models["llama"], "data": data["sums"], "epochs": 2, "batch_size": 4, "lr": 0.01, "max_new_tokens": 2, "seed": 3, "selection": selection}
     finished(values | {"accumulate": 2, "output": "one"})
     in_two_processes(values | {"output": "two"})
     (lines, summary, weights), (lines2, summary2, weights2) = outcome(here / "one"), outcome(here / "two")

@@ -155,7 +155,7 @@ def _plan(base: dict, method: str | dict, seed: int | None, output: Path) -> dic
     recipes.check(recipe)
     name = _file_name(title)
     file = output / f"{name}.yaml"
-    text = f"# data {_digest(recipe)}\n" + yaml.safe_dump(recipe, sort_keys=True, allow_unicode=True)
+    text = f"# data {digest(recipe)}\n" + yaml.safe_dump(recipe, sort_keys=True, allow_unicode=True)
     same = file.exists() and file.read_text(encoding="utf-8") == text
     return {
         "label": label, "title": title, "method": method, "seed": seed, "recipe": recipe,
@@ -163,7 +163,7 @@ def _plan(base: dict, method: str | dict, seed: int | None, output: Path) -> dic
     }  # fmt: skip
 
 
-def _digest(recipe: dict) -> str:
+def digest(recipe: dict) -> str:
     """Of the data files that lie here, so that a changed file is not taken for the one trained on."""
     digest = hashlib.sha256()
     for key in ("data", "eval", "test"):

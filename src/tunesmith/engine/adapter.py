@@ -24,6 +24,8 @@ class Adapter(nn.Module):
     mergeable = False
     why_not = "it is not a change of the weights; keep it attached"  # what `merge` says where `mergeable` is False
     grows = False  # whether its tensors may start empty
+    outermost = False  # whether it is to be above all others of a site
+    replaces = False  # whether it stands for the whole weight, whatever an adapter below makes of it
     limits: ClassVar[dict[str, int]] = {}  # of the positions in its integer tensors, which a file must not exceed
     dims: ClassVar[dict[str, tuple[str, ...]]] = {}  # its tensors' dimensions, each "rank", "in", "out" or "": what Light-PEFT can cut
 
@@ -50,7 +52,7 @@ class Adapter(nn.Module):
         def run(adapter, chosen, *args, **kwargs):
             state.rows = [names[i] for i in chosen]  # for the modules inside
             state.tasks = None if tasks is None else tasks[chosen]
-            return adapter(base, *args, **kwargs) if adapter else base(*args, **kwargs)
+            return base.under(adapter, *args, **kwargs) if adapter else base(*args, **kwargs)
 
         try:
             return apart(rows, run, args, kwargs)
@@ -121,7 +123,11 @@ class Base:
     """A module without its adapters, callable; with `with_values`, the same with other parameters."""
 
     __slots__ = ("_values", "forward", "site")
-    plain = True  # nothing is stacked below: base.W is the stored weight itself
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing is stacked below, so that base.W is the weight itself, and a linear layer computes x Wᵀ + b and nothing else."""
+        return self.site.standard or self.site.kind != "linear"
 
     def __init__(self, site: Site, forward, values=None):
         self.site, self.forward, self._values = site, forward, values
@@ -146,6 +152,12 @@ class Base:
     def with_values(self, values: dict[str, Tensor]) -> "Base":
         return Base(self.site, self.forward, values)
 
+    def under(self, adapter: Adapter, *args, **kwargs):
+        """What the module computes with the adapter; a linear layer that does more than x Wᵀ + b, with the weights that merging would give it."""
+        if self.site.kind == "linear" and not self.site.standard and adapter.mergeable:
+            return self.with_values(adapter.fold(self.site, self.values))(*args, **kwargs)
+        return adapter(self, *args, **kwargs)
+
 
 class Stacked(Base):
     """An adapter over what is below it, with a weight w: below + w·(adapted − below)."""
@@ -158,7 +170,7 @@ class Stacked(Base):
         self.adapter, self.below, self.weight = adapter, below, weight
 
     def __call__(self, *args, **kwargs):
-        y = self.adapter(self.below, *args, **kwargs)
+        y = self.below.under(self.adapter, *args, **kwargs)
         if self.weight == 1:
             return y
         return _lerp(self.below(*args, **kwargs), y, self.weight)
@@ -227,7 +239,8 @@ class Swap:
             self.other = Change(there.dim, there.index, there.of(W))
             there.put(W)
         else:
-            self.other.data = self.other.data.to(now.device)  # the model may have moved since
+            if self.other.device != now.device:  # the model has moved since
+                self.other = nn.Parameter(self.other.detach().to(now.device), requires_grad=self.other.requires_grad)
             parameters[self.name], self.other = self.other, now
 
 

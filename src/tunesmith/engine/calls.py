@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import TunesmithError
 from .model import by_method, guard_fast_path, hubs, record_of, set_trained, state_of
-from .sites import Site
+from .sites import Site, backbone
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def score(model: nn.Module, sites: dict[str, Site], backward: Callable[[nn.Modul
 
     `gradient`: of each parameter, summed over the backwards; `squares`: of those gradients, summed alike; `inputs`: the
     mean magnitude of each of a linear layer's inputs; `moments`: their products, the mean of x xᵀ. The last two need no
-    backward. The model's own flags and gradients are as before afterwards.
+    backward, and leave out what the model's `attention_mask` (rows, tokens) does. The model's own flags and gradients are as before afterwards.
     Raises `TunesmithError` where a layer got no gradient, or one that is not finite.
     """
     parameters = {id(p): p for site in sites.values() for p in site.values.values()}
@@ -78,10 +78,17 @@ def score(model: nn.Module, sites: dict[str, Site], backward: Callable[[nn.Modul
         if "gradient" in sums:
             add("gradient", id(p), g)
 
+    seen: list[Tensor | None] = [None]
+
+    def look(module, args, kwargs):
+        mask = kwargs.get("attention_mask")
+        seen[0] = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
     def before(path: str):
         def hook(module, args, kwargs):
             (x,) = args or kwargs.values()
-            x = x.detach().reshape(-1, x.shape[-1])
+            padded = seen[0] is not None and x.dim() > 2 and x.shape[:2] == seen[0].shape
+            x = x.detach()[seen[0]] if padded else x.detach().reshape(-1, x.shape[-1])
             add("rows", path, x.new_tensor(len(x), dtype=torch.float64))
             if "inputs" in sums:
                 add("inputs", path, x.abs().sum(0, dtype=torch.float64))
@@ -97,6 +104,8 @@ def score(model: nn.Module, sites: dict[str, Site], backward: Callable[[nn.Modul
             p.grad = None
         hooks += [p.register_post_accumulate_grad_hook(after) for p in parameters.values()]
         if {"inputs", "moments"} & set(statistics):
+            if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+                hooks.append(backbone(model).register_forward_pre_hook(look, with_kwargs=True))
             hooks += [site.owner.register_forward_pre_hook(before(path), with_kwargs=True) for path, site in sites.items() if site.kind == "linear"]
         with torch.enable_grad():
             backward(model)

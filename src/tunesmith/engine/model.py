@@ -156,7 +156,8 @@ def activate(model: nn.Module, names: str | Iterable[str] | Mapping[str, float])
     """Choose the adapters in use: a name, several (applied in that order), names with weights, or `[]` for none.
 
     With weight w an adapter's effect is below + w·(adapted − below). Only what is active can be trained.
-    Raises `TunesmithError` for an unknown or merged name, and for two prompts or prefixes at once.
+    Raises `TunesmithError` for an unknown or merged name, for two prompts or prefixes at once, and for an adapter that stands for
+    the whole weight (PEQA, SketchTune) over another, which would have no effect.
     """
     state = state_of(model)
     weights = {names: 1.0} if isinstance(names, str) else dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
@@ -168,6 +169,14 @@ def activate(model: nn.Module, names: str | Iterable[str] | Mapping[str, float])
     fronts = [name for name in weights if any(h.site.kind == "tokens" and name in h.adapters for h in places)]
     if len(fronts) > 1 or any(weights[name] != 1 for name in fronts):
         raise TunesmithError(f"virtual tokens are in front of the input or not: {' and '.join(map(repr, fronts))} cannot be weighted or combined with each other")
+    for hub in places:
+        below = [name for name in state.merged if name in hub.adapters]
+        for name in weights:
+            if name in hub.adapters:
+                known = [each["name"] for each in state.records[name].lineage]
+                if hub.adapters[name].replaces and weights[name] == 1 and (lost := [other for other in below if other not in known]):
+                    raise TunesmithError(f"adapter {name!r} stands for the whole weight of {hub.site.path!r}, where {lost[0]!r} would have no effect below it; put it first")
+                below.append(name)
     state.active = {name: float(weight) for name, weight in weights.items()}
     set_trained(places, set(state.active))
     guard_fast_path(model)

@@ -37,7 +37,11 @@ class Site:
     names: tuple[str, ...] = field(default=())
     seen: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # while adapters are built: statistic -> parameter -> what calibration found
 
+    standard: bool = False  # whether the owner computes x Wᵀ + b and nothing else
+
     def __post_init__(self):
+        forward = getattr(type(self.owner), "_tunesmith_base", type(self.owner)).forward
+        self.standard = self.kind == "linear" and (forward is nn.Linear.forward or _is_gpt2_conv1d(self.owner))
         self.names = self.names or tuple(name for name, p in self.holder.named_parameters(recurse=False))
 
     @property
@@ -100,7 +104,7 @@ class Site:
 
     def call(self, forward, values: dict[str, Tensor], args, kwargs):
         """The owner's computation with other parameter values."""
-        if self.kind == "linear":
+        if self.standard:
             W, b = self.matrix(values)
             return F.linear(*args, W.to(args[0].dtype), None if b is None else b.to(args[0].dtype))
         with swapped(self.holder, values):

@@ -83,6 +83,14 @@ def extend(call: dict, length: int, new: bool) -> None:
         call["token_type_ids"] = torch.cat([types.new_zeros(len(types), length), types], 1)
 
 
+def positions(module: nn.Module) -> int | None:
+    """How many tokens a model with a table of positions can read; None where it has no such table."""
+    for path, m in module.named_modules():
+        if isinstance(m, nn.Embedding) and path.rsplit(".", 1)[-1] in ("wpe", "position_embeddings", "embed_positions"):
+            return m.num_embeddings - (0 if m.padding_idx is None else m.padding_idx + 1)
+    return None
+
+
 def trim(output, length: int):
     """The output without the virtual positions, so that it aligns with the caller's tokens and labels."""
     if isinstance(output, tuple):

@@ -124,7 +124,9 @@ def _estimate(x: Tensor, gradient: Tensor, config: FP4, signs: Tensor | None) ->
 def product(a: Tensor, b: Tensor, config: FP4, signs: Tensor | None, random: tuple[bool, bool], generator: torch.Generator) -> Tensor:
     """a bᵀ of a (m, n) and b (l, n), both quantised along n, after a turn with the same signs, if any."""
     a, b = (turn(t, signs, config.h) for t in (a, b))
-    return quantise(a, config, generator if random[0] else None) @ quantise(b, config, generator if random[1] else None).T
+    a, b = (quantise(t, config, generator if drawn else None) for t, drawn in zip((a, b), random, strict=True))
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b.T
 
 
 class _Linear(torch.autograd.Function):
@@ -167,11 +169,18 @@ class FP4Linear(nn.Linear):
     generator: torch.Generator
 
     def forward(self, x):
+        if self.generator.device != x.device:  # the model has moved
+            self.generator = torch.Generator(x.device).manual_seed(self.generator.initial_seed())
         return linear(x, self.weight, self.bias, self.fp4, self.generator)
 
 
 def convert(model: nn.Module, config: FP4 | None, seed: int = 0, keep: tuple[str, ...] = ()) -> nn.Module:
-    """Quantise the products of a model's linear layers, in place, but for those whose path is in `keep`. Returns the model."""
+    """Quantise the products of a model's linear layers, in place, but for those whose path is in `keep`. Returns the model.
+
+    Adapters attached afterwards change the weights whose products are quantised. Raises `TunesmithError` for a model that has some already.
+    """
+    if "_tunesmith" in model.__dict__:
+        raise TunesmithError("this model has adapters; quantise its products before the first one is attached")
     for i, (path, module) in enumerate(model.named_modules()):
         if type(module) is nn.Linear and path not in keep and config is not None:
             module.__class__ = FP4Linear

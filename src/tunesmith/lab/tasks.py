@@ -21,7 +21,8 @@ def _mlp(*widths: int) -> nn.Sequential:
 
 def _train(model: nn.Module, loss: Callable[[Tensor], Tensor], rows: int, steps: int, batch: int, lr: float) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1, cycle_momentum=False)
+    rise = 0.11 if steps == 10 else 0.1  # torch divides by the steps of the rise less one
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=rise, cycle_momentum=False)
     for _ in range(steps):
         optimizer.zero_grad()
         loss(torch.randint(rows, (batch,))).backward()

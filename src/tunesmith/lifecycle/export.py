@@ -51,7 +51,7 @@ def merge_to_folder(run_folder: str | Path, out: str | Path, format: Any = None,
     logging.disable_progress_bar()
     with atomic_folder(out) as folder:
         if packed_weights(model):
-            save(model, folder, run.recipe.model)
+            save(model, folder, None)
         elif pruned_units(model):
             pruning.save(model, folder, run.recipe.model)
         else:

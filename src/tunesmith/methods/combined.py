@@ -6,6 +6,7 @@ from pydantic import Field, field_validator
 from torch import nn
 
 from ..engine.adapter import Adapter, Stacked
+from ..engine.tokens import TokenAdapter
 from ..errors import TunesmithError
 from .method import Method, override, parse, selected
 
@@ -13,11 +14,14 @@ ALL = ("linear", "embedding", "conv", "attention", "norm", "other", "tokens")
 
 
 class CombinedLayer(Adapter):
-    """The adapters of a site, the first below the others."""
+    """The adapters of a site, the first below the others, but for what has to be outermost."""
 
     def __init__(self, adapters: dict[str, Adapter]):
         super().__init__()
+        adapters = dict(sorted(adapters.items(), key=lambda item: item[1].outermost))
         self.parts = nn.ModuleDict(adapters)  # by the number of the part
+        if hidden := [adapter for adapter in list(adapters.values())[1:] if adapter.replaces]:
+            raise TunesmithError(f"{type(hidden[0]).__name__} stands for the whole weight, and parts before it would have no effect; put it first")
         stuck = [adapter for adapter in adapters.values() if not adapter.mergeable]
         self.mergeable, self.grows = not stuck, any(adapter.grows for adapter in adapters.values())
         self.why_not = stuck[0].why_not if stuck else ""
@@ -27,6 +31,11 @@ class CombinedLayer(Adapter):
         for adapter in self.parts.values():
             base = Stacked(adapter, base, 1.0)
         return base(*args, **kwargs)
+
+    @classmethod
+    def mixed(cls, base, rows, *args, **kwargs):
+        tokens = any(isinstance(adapter, TokenAdapter) for row in rows if row for adapter in row.parts.values())
+        return (TokenAdapter if tokens else Adapter).mixed.__func__(cls, base, rows, *args, **kwargs)
 
     def fold(self, site, values):
         for adapter in self.parts.values():
@@ -38,7 +47,7 @@ class Combined(Method):
     """Parts that train together, such as a parallel adapter and prefix tuning (MAM: He et al. 2022, arXiv 2110.04366) or UniPELT's.
 
     `parts` are names or mappings as anywhere; `layers` holds for all of them, beside their own. Where parts meet, the first is
-    nearest to the weight, and what it computes is the base of the next. The rate 1e-3 gives each part its own default rate,
+    nearest to the weight, and what it computes is the base of the next (a prompt stands before a prefix in any order). The rate 1e-3 gives each part its own default rate,
     another one as many times more or less. `targets` are those of the parts that have none and can act there.
     """
 
@@ -46,7 +55,7 @@ class Combined(Method):
     works_on = ALL
 
     parts: list[str | dict[str, Any]] = Field(["lora", "ln-tuning"], min_length=1)
-    numbers: list[int] = Field([], description="at a site: which of the whole's parts these are")
+    numbers: list[int] = Field([], description="at a site: which of the whole's parts these are; all, where it is the method of that site alone")
 
     @field_validator("parts")
     @classmethod
@@ -85,8 +94,9 @@ class Combined(Method):
 
     def build(self, model, configs, by_path):
         built: dict[str, dict[str, Adapter]] = {path: {} for path in configs}
-        for i in sorted({i for each in configs.values() for i in each.numbers}):
-            own = {path: each.configs[each.numbers.index(i)] for path, each in configs.items() if i in each.numbers}
+        numbers = {path: each.numbers or list(range(len(each.parts))) for path, each in configs.items()}
+        for i in sorted({i for each in numbers.values() for i in each}):
+            own = {path: each.configs[numbers[path].index(i)] for path, each in configs.items() if i in numbers[path]}
             for path, (_, adapter) in next(iter(own.values())).build(model, own, by_path).items():
                 built[path][str(i)] = adapter
         return {path: (by_path[path], CombinedLayer(adapters)) for path, adapters in built.items()}
@@ -103,6 +113,10 @@ class Combined(Method):
     @property
     def calibrated(self):
         return tuple({name for config in self.configs for name in config.calibrated})
+
+    @property
+    def front(self):
+        return sum(config.front for config in self.configs)
 
     @property
     def longest(self):

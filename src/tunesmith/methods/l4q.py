@@ -10,7 +10,8 @@ from ..engine.adapter import WeightAdapter
 from ..engine.fused.quantised import FLOOR, columns, grid, limits, quantised, quantised_linear, summed
 from ..engine.sites import Site
 from ..quantize import Format, PackedWeight
-from .method import Method, Rank, divisor, empty
+from ..quantize.formats import nearest_divisor
+from .method import Method, Rank, empty
 
 
 class L4QLayer(WeightAdapter):
@@ -76,7 +77,7 @@ class L4Q(Method):
     default_lr = 3e-3
 
     bits: Literal[2, 3, 4, 8] = 4
-    group_size: Annotated[int, Field(ge=2)] = Field(128, description="inputs that share a step; where it does not divide a row, the largest divisor below it")
+    group_size: Annotated[int, Field(ge=2)] = Field(128, description="inputs that share a step; where it does not divide a row, the divisor nearest to it does")
     rank: Rank = 4
     alpha: PositiveFloat = 16
     train_scale: bool = Field(True, description="whether steps and offsets are trained")
@@ -85,7 +86,7 @@ class L4Q(Method):
 
     def group(self, site: Site) -> int:
         """Weights of a group."""
-        return divisor(site.in_features, min(self.group_size, site.in_features))
+        return nearest_divisor(site.in_features, self.group_size)
 
     def groups(self, site: Site) -> int:
         """Groups of a matrix."""

@@ -103,12 +103,19 @@ class Method(BaseModel):
         return ()
 
     longest: ClassVar[int | None] = None  # tokens of the longest text it takes
+    front: ClassVar[int] = 0  # positions that it takes before the text's
     calibration_optional: ClassVar[bool] = False  # whether adapters can be built without what `calibrated` names
     from_original: ClassVar[bool] = False  # whether adapters start from what a quantised base's weights were before they were rounded
 
     def rounding(self, W: torch.Tensor, format: Format, keep: bool = False) -> PackedWeight:
         """How a base's weight is to be rounded for this method."""
         return PackedWeight.of(W, format, keep)
+
+    @property
+    def starts_from_original(self) -> bool:
+        """`from_original`, of this config or of a method that its targets name."""
+        named = self.targets.values() if isinstance(self.targets, dict) else []
+        return self.from_original or any(parse(fields).from_original for fields in named if "method" in fields)
 
     def allot(self, model: nn.Module, configs: dict[str, "Method"], by_path: dict[str, Site]) -> dict[str, "Method"]:
         """The config of each site where what one site gets depends on the others, as under a common budget; sites that get nothing are left out."""

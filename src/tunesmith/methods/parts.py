@@ -17,6 +17,8 @@ class PartLayer(WeightAdapter):
     the layer is built.
     """
 
+    replaces = True
+
     def __init__(self, part: str, format: Format, site: Site):
         super().__init__()
         self.part = part

@@ -126,6 +126,10 @@ class PrefixTuning(Method):
     prefix_projection: bool = Field(False, description="make the prefix by an MLP while training")
     encoder_hidden_size: PositiveInt | None = Field(None, description="width h of that MLP; default: d")
 
+    @property
+    def front(self):
+        return self.tokens
+
     def widths(self, shapes: list[tuple[int, int]]) -> list[int]:
         """Of what trains and, with a projection, of its hidden layer and what it makes, (kv_heads, head_dim) of each layer being given."""
         out, d = 2 * sum(h * d for h, d in shapes), shapes[0][0] * shapes[0][1]

@@ -16,6 +16,8 @@ from .method import Method, empty
 class PromptLayer(TokenAdapter):
     """The input embeddings (batch, T, d) become (batch, m + T, d) with the prompt (m, d) in front."""
 
+    outermost = True  # it enters where the cache is empty, which a prefix fills
+
     def __init__(self, config: "SoftPrompt", embeddings: nn.Module, keep: bool):
         super().__init__()
         words = embeddings.weight
@@ -60,7 +62,8 @@ class CrossMask(Adapter):
 class SoftPrompt(Method):
     """What methods have in common that put m = `tokens` embeddings in front of the input, of an encoder-decoder's encoder.
 
-    Outputs align with the caller's tokens: the virtual positions are cut off (Hugging Face peft keeps them).
+    Outputs align with the caller's tokens: the virtual positions are cut off (Hugging Face peft keeps them). A pooler, as BERT's,
+    reads the first of all positions, a virtual one, as with peft.
     """
 
     family = "prompt"
@@ -72,6 +75,10 @@ class SoftPrompt(Method):
     tokens: PositiveInt = Field(20, description="length m of the prompt")
 
     layer_class: ClassVar[type[PromptLayer]] = PromptLayer
+
+    @property
+    def front(self):
+        return self.tokens
 
     def start(self, words: torch.Tensor) -> torch.Tensor:
         """What the prompt is before it trains, (m, d), by the word embeddings (vocabulary, d)."""

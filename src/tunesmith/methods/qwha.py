@@ -109,7 +109,8 @@ def start(error: Tensor, moments: Tensor | None, n: int, alpha: float, basis: st
     counts = budgets(D.norm(dim=1) ** alpha, n, order)
     ranked = (P.diag() * D.square()).argsort(dim=1, descending=True, stable=True)
     chosen = [row[:k].sort().values for row, k in zip(ranked, counts.tolist(), strict=True)]
-    values = [torch.linalg.lstsq(P[S][:, S], Q[o, S][:, None]).solution[:, 0] for o, S in enumerate(chosen)]
+    ridge = 1e-11 * P.diag().mean()  # what is over `in` coefficients of a row is not determined
+    values = [torch.linalg.solve(P[S][:, S] + ridge * torch.eye(len(S), dtype=P.dtype, device=P.device), Q[o, S]) for o, S in enumerate(chosen)]
     return torch.cat([o * order + S for o, S in enumerate(chosen)]), torch.cat(values)
 
 

@@ -31,6 +31,9 @@ class SketchTune(Method):
     def layer(self, site):
         return PartLayer("table", self.format(site.in_features), site)
 
+    def param_groups(self, adapters, lr):
+        return [group | {"weight_decay": 0.0} for group in super().param_groups(adapters, lr)]  # the tables are the weights
+
     def count(self, site):
         format = getattr(site.parameter, "format", None) or self.format(site.in_features)
         return 2**format.bits * site.out_features * site.in_features // format.group(site.shape)

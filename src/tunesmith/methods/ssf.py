@@ -2,10 +2,11 @@
 
 from typing import Literal
 
+import torch
 from torch import nn
 
 from ..engine.adapter import WeightAdapter
-from ..engine.sites import Site, Targets, head_paths, sites
+from ..engine.sites import Site, Targets, head_paths, sites, swapped
 from .method import Method, empty
 
 
@@ -17,11 +18,28 @@ def channels(site: Site) -> int:
     return site.out_features if site.weight else site.parameter.numel()
 
 
+@torch.no_grad()
+def offset(site: Site) -> float:
+    """What a norm without a bias adds to its weight before it multiplies by it: 1 for Gemma's, 0 for most."""
+    module, x = site.owner, torch.linspace(1, 2, channels(site), dtype=site.parameter.dtype, device=site.parameter.device)
+    if x.is_meta or not hasattr(module, "weight"):
+        return 0.0
+    forward = getattr(type(module), "_tunesmith_base", type(module)).forward
+    without, once = (_under(module, forward, x, torch.full_like(x, w)).float().sum().item() for w in (0, 1))
+    return round(without / (once - without), 3) if once != without else 0.0
+
+
+def _under(module: nn.Module, forward, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    with swapped(module, {"weight": weight}):
+        return forward(module, x[None])
+
+
 class SSFLayer(WeightAdapter):
-    """y = γ ⊙ base(x) + β, γ (out,) and, where the layer has a bias, β (out,); of a norm γ multiplies its own weight."""
+    """y = γ ⊙ base(x) + β, γ (out,) and, where the layer has a bias, β (out,); of a norm γ multiplies what its own weight does."""
 
     def __init__(self, config: "SSF", site: Site):
         super().__init__()
+        self.offset = 0.0 if site.weight or has_bias(site) else offset(site)
         spread = 0.02 if config.init == "normal" else 0.0
         self.scale = nn.init.normal_(empty(channels(site), like=site.parameter), 1.0, spread)
         self.shift = nn.init.normal_(empty(channels(site), like=site.parameter), 0.0, spread) if has_bias(site) else None
@@ -33,7 +51,7 @@ class SSFLayer(WeightAdapter):
         if site.weight:
             return super().fold(site, values)
         weight, bias = values["weight"], values.get("bias")
-        new = {"weight": (weight * self.scale).to(weight.dtype)}
+        new = {"weight": ((weight + self.offset) * self.scale - self.offset).to(weight.dtype)}
         return values | (new if bias is None else new | {"bias": (bias * self.scale + self.shift).to(bias.dtype)})
 
     def forward(self, base, x, *args, **kwargs):

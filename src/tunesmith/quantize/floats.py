@@ -84,7 +84,7 @@ def fit(absmax: Tensor, name: Literal["e8m0", "e4m3", "e5m3"], mode: Mode = "flo
     """The stored scales of blocks with these largest magnitudes: codes, uint8 in absmax's shape, and with a tensor scale one number, `tensor`."""
     if name == "e8m0":
         return {"scale": (e8m0(absmax, mode) + 127).to(torch.uint8)}
-    whole = absmax.amax() / (LARGEST * SCALES[name][1]) if tensor_scale else absmax.new_ones(())
+    whole = absmax.amax() / (LARGEST * SCALES[name][1]) if tensor_scale and absmax.numel() else absmax.new_ones(())
     whole = torch.where(whole > 0, whole, 1)
     codes = scale8(absmax / (LARGEST * whole), name).clamp(min=1)  # a scale of 0 would lose a block of small weights whole
     return {"scale": codes} | ({"tensor": whole} if tensor_scale else {})

@@ -44,6 +44,13 @@ def dynamic_map() -> list[float]:
     return sorted([*positive, *(-p for p in positive), 0.0, 1.0])
 
 
+@functools.cache
+def nearest_divisor(n: int, wanted: int) -> int:
+    """The divisor of n whose ratio to `wanted` is nearest to 1; the smaller of two that are as near."""
+    divisors = [k for k in range(1, n + 1) if n % k == 0]
+    return min(divisors, key=lambda k: max(k / wanted, wanted / k))
+
+
 def closest(v: Tensor, levels: Tensor) -> Tensor:
     """The index of the nearest of ascending levels, uint8; the lower one of two that are as near."""
     return torch.bucketize(v, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
@@ -55,8 +62,8 @@ class Format(BaseModel):
     `nf4`, `nf3`, `nf2`: quantiles of the normal distribution times the group's largest magnitude (QLoRA). `int8` to `int2`:
     (code − zero)·scale, the range of a group reaching over 0. `mxfp4`, `nvfp4`: E2M1 times a scale of 8 bits (E8M0; E4M3 with
     one float32 for the matrix). `sketch4` to `sketch2`: each group has a table of its own, found by k-means (SketchTune).
-    `group_size`: weights that share statistics, consecutive in a row, or "row"; where it does not divide a row, the largest
-    divisor below it does (nf groups run on over the rows instead).
+    `group_size`: weights that share statistics, consecutive in a row, or "row"; where it does not divide a row, the divisor
+    nearest to it does, the row itself if need be (nf groups run on over the rows instead).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -87,7 +94,7 @@ class Format(BaseModel):
         """Weights in a group of a matrix (out, in)."""
         wanted = self.group_size or {"nf": 64, "int": 64, "mx": 32, "nv": 16, "sketch": "row"}[self.family]
         wanted = shape[1] if wanted == "row" else wanted
-        return wanted if self.runs_on else max(k for k in range(1, min(wanted, shape[1]) + 1) if shape[1] % k == 0)
+        return wanted if self.runs_on else nearest_divisor(shape[1], wanted)
 
     @property
     def runs_on(self) -> bool:

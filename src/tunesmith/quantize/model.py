@@ -18,6 +18,7 @@ from .packed import PackedWeight
 
 CARD, WEIGHTS = "quantized.json", "quantized.safetensors"
 AT_ONCE = 2**30  # numbers in the moments that are gathered in one pass over the calibration data
+PASSES = 8  # over the calibration data, at least: layers are rounded for what those before them, rounded already, give them
 
 
 def quantize(
@@ -32,11 +33,13 @@ def quantize(
 
     `format`: a name (nf4, int8, int4, int3, int2, mxfp4, nvfp4, sketch4, …) or `{"format": "int4", "group_size": 64}`. `targets`: as
     for adapters; "all-linear" leaves the head alone. Weights are rounded to nearest; with `calibrate(model)`, which runs the
-    model on some batches, so that the layers' outputs there change little (GPTQ). `keep`: keep the weights as they were for
+    model on some batches, so that the layers' outputs there change little (GPTQ, PASSES times or more). `keep`: keep the weights as they were for
     adapters that start from the difference, until `forget(model)`. `rounding(W, format, keep)`: in place of rounding to nearest.
-    Raises `TunesmithError` for an unknown format, a layer that is no `nn.Linear`, and a model that has adapters.
+    Raises `TunesmithError` for an unknown format, a layer that is no `nn.Linear`, a model that has adapters, and both ways of rounding at once.
     """
     format = parse(format)
+    if calibrate and rounding != PackedWeight.of:
+        raise TunesmithError("calibrate rounds so that outputs change little, and rounding as it says; leave one of them out")
     if "_tunesmith" in model.__dict__:
         raise TunesmithError("this model has adapters; quantise it before the first one is attached")
     chosen = {path: site for path, (site, _) in find(model, targets, ("linear",), "quantisation").items()}
@@ -55,15 +58,21 @@ def quantize(
                 done[key] = _packed(path, site, format, keep, rounding)
             site.holder._parameters[site.weight] = done[key]
             site.seen = {}
+    return _told_ddp(model)
+
+
+def _told_ddp(model: nn.Module) -> nn.Module:
+    """DistributedDataParallel is not to send packed weights around, which every process has read alike."""
+    model._ddp_params_and_buffers_to_ignore = list(packed_weights(model))
     return model
 
 
 def _parts(chosen: dict[str, Site]) -> list[dict[str, Site]]:
-    """The sites in the model's order, so many at once as their moments may take."""
-    parts, size = [{}], 0
+    """The sites in the model's order, in PASSES parts or as many as their moments need."""
+    parts, size, most = [{}], 0, min(AT_ONCE, sum(site.in_features**2 for site in chosen.values()) / PASSES)
     for path, site in chosen.items():
         size += site.in_features**2
-        if parts[-1] and size > AT_ONCE:
+        if parts[-1] and size > most:
             parts.append({})
             size = site.in_features**2
         parts[-1][path] = site
@@ -78,7 +87,7 @@ def _packed(path: str, site: Site, format: Format, keep: bool, rounding: Callabl
     if site.moments is None:
         packed = rounding(W, format, keep)
     else:
-        packed = PackedWeight(format, feedback.encode(W, site.moments, format), W.shape, W.dtype, W if keep else None)
+        packed = PackedWeight(format, feedback.encode(W, site.moments, format, order=True), W.shape, W.dtype, W if keep else None)
     return nn.Parameter(packed, requires_grad=False)
 
 
@@ -119,10 +128,10 @@ def footprint(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def save(model: nn.Module, folder: Path, original: str) -> None:
+def save(model: nn.Module, folder: Path, original: str | None) -> None:
     """Write the packed weights into an existing folder, and beside them the rest of the model as Hugging Face does.
 
-    `original`: the name of the model that was quantised.
+    `original`: the name of the model that was quantised; None where the weights were trained since.
     """
     packed = packed_weights(model)
     if not packed:
@@ -137,8 +146,8 @@ def is_quantized(folder: str | Path) -> bool:
     return (Path(folder) / CARD).is_file()
 
 
-def original_of(folder: str | Path) -> str:
-    """The model that was quantised into `folder`."""
+def original_of(folder: str | Path) -> str | None:
+    """The model that was quantised into `folder`; None where training changed its weights."""
     return json.loads((Path(folder) / CARD).read_text(encoding="utf-8"))["original"]
 
 
@@ -163,4 +172,4 @@ def restore(model: nn.Module, folder: str | Path) -> nn.Module:
             raise TunesmithError(f"{folder} does not fit this {type(model).__name__}: it has no weight {path!r} of shape {shape}")
         before = places[path].parameter
         places[path].holder._parameters[places[path].weight] = nn.Parameter(PackedWeight(format, parts, shape, before.dtype), requires_grad=False)
-    return model
+    return _told_ddp(model)

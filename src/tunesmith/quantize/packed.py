@@ -95,6 +95,10 @@ class PackedWeight(Tensor):
             if func is aten._to_copy.default:
                 device = kwargs.get("device") or first.device
                 return first._like(lambda t: t.to(device), kwargs.get("dtype"))
+            if func is aten.copy_.default and isinstance(args[1], PackedWeight) and args[1].format == first.format and args[1].shape == first.shape:
+                for name, part in first.parts.items():
+                    part.copy_(args[1].parts[name])
+                return first
             if func._schema.is_mutable and func._schema.arguments[0].is_write:
                 raise TunesmithError(f"a weight in {first.format.format} cannot be changed in place ({func._schema.name}); dequantise it first")
         plain = lambda t: t.dequantize() if isinstance(t, PackedWeight) else t  # noqa: E731

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..engine import store
 from ..engine.adapter import Adapter
 from ..engine.model import activate, adapters, record_of, state_of, unwrap
+from ..engine.sites import backbone
 from ..errors import TunesmithError, invalid, nearest
 from ..methods import Method
 from ..methods.mask_tuning import MaskTuning
@@ -128,7 +129,7 @@ class Estimate:
         self.sums, self.counts = {path: torch.zeros(()) for path in self.own}, dict.fromkeys(self.own, 0)
         self.scores: dict[str, Tensor] = {}
         self.mask: Tensor | None = None
-        self.model.register_forward_pre_hook(self._note_mask, with_kwargs=True)
+        backbone(self.model).register_forward_pre_hook(self._note_mask, with_kwargs=True)
         for path, adapter in self.own.items():
             adapter.register_forward_hook(lambda _, args, kwargs, y, path=path: self._measure(path, args, kwargs, y), with_kwargs=True)
 
@@ -168,7 +169,7 @@ class Estimate:
         chosen, blocks = self.plan(), prunable(self.model)
         tensors, configs = {}, {}
         for path, adapter in adapters(self.model, self.name).items():
-            if path in self.own and path not in chosen.ranks:
+            if path in self.record.sites and path not in chosen.ranks:  # cut out, or of a method that starts again
                 continue
             if path in self.own:
                 configs[path] = self.record.sites[path].resized(len(chosen.ranks[path])).dump()

@@ -30,10 +30,10 @@ def on_ray(base: Recipe | dict, output: str | Path, workers: int | None = None, 
         if storage is None and sum(node["Alive"] for node in ray.nodes()) > 1:
             raise TunesmithError("workers on several machines need one database: give --storage, such as postgresql+psycopg://user@host/name")
         have = ray.cluster_resources()
-        cpus, gpus = have.get("CPU", 1), have.get("GPU", 0)
-        workers = workers or max(1, int(gpus or cpus))
-        events, each = Queue(), cpus / workers
-        work = ray.remote(num_cpus=int(each) or each, num_gpus=gpus / workers, max_retries=-1)(_work)
+        workers = workers or max(1, int(have.get("GPU", 0) or have.get("CPU", 1)))
+        cpus, gpus = (int(share) or share for share in (have.get(kind, 0) / workers for kind in ("CPU", "GPU")))  # ray takes no 1.5
+        events = Queue()
+        work = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=-1)(_work)
         seed, output = options.pop("seed", 0), Path(output).resolve()
         same = {"output": output, "storage": storage, **options}
         running = [work.remote(os.getcwd(), events, {"base": base, "seed": seed + i, **same}) for i in range(workers)]

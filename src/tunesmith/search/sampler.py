@@ -1,8 +1,10 @@
 """The next configuration to try: Gaussian processes of both objectives, and where the front is expected to grow most."""
 
+import itertools
+import math
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import optuna
@@ -13,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from .space import Point, Space
 
 STARTS, SAMPLES = 10, 64
+SMALL = 4096  # points that are listed rather than drawn
 
 
 def names(space: Space, depth: int) -> list[str]:
@@ -35,11 +38,11 @@ class HypervolumeSampler(BaseSampler):
         return {name: optuna.distributions.IntDistribution(0, count - 1) for name, count in zip(self.names, self.choices, strict=True)}
 
     def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space):
-        known = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number and set(self.names) <= t.params.keys()]
+        known = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number and self.whole(t)]
         finished = [t for t in known if t.state == TrialState.COMPLETE]
         running = [t for t in known if t.state == TrialState.RUNNING]
         draw = random.Random(f"{self.seed}/{trial.number}")
-        tried = {self.point(t.params) for t in known}  # also what failed: what a dead worker left is taken up by itself
+        tried = self.tried(known)  # also what failed: what a dead worker left is taken up by itself
         if len(finished) < max(self.startup, 4):
             return self.params(self.drawn(draw, tried))
         values = np.array([t.values for t in finished]) * [1 if d.name == "MAXIMIZE" else -1 for d in study.directions]
@@ -48,6 +51,13 @@ class HypervolumeSampler(BaseSampler):
     def sample_independent(self, study, trial, param_name, param_distribution):
         return random.Random(f"{self.seed}/{trial.number}/{param_name}").randint(param_distribution.low, param_distribution.high)
 
+    def whole(self, trial: FrozenTrial) -> bool:
+        """Whether a trial got as far as having a point."""
+        return set(self.names) <= trial.params.keys()
+
+    def tried(self, trials: Iterable[FrozenTrial]) -> set[Point]:
+        return {self.point(t.params) for t in trials if self.whole(t)}
+
     def point(self, params: dict) -> Point:
         return tuple(params[name] for name in self.names)
 
@@ -55,7 +65,10 @@ class HypervolumeSampler(BaseSampler):
         return dict(zip(self.names, point, strict=True))
 
     def drawn(self, draw: random.Random, tried: set[Point]) -> Point:
-        """A valid point; one that was not tried, unless all seem to have been."""
+        """A valid point; one that was not tried, unless all were, or seem to have been in a large space."""
+        if math.prod(self.choices) <= SMALL:
+            points = [point for point in itertools.product(*map(range, self.choices)) if self.space.valid(point)]
+            return draw.choice([point for point in points if point not in tried] or points)
         for _ in range(1000):
             point = tuple(draw.randrange(count) for count in self.choices)
             if self.space.valid(point) and point not in tried:

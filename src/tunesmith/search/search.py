@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from .. import data, models
-from ..bench.compare import pareto, train_in_child
+from ..bench.compare import digest, pareto, train_in_child
 from ..data import tasks
 from ..errors import TunesmithError, nearest
 from ..files import atomic_write
@@ -23,6 +23,7 @@ from . import page
 from .sampler import HypervolumeSampler, names
 from .space import Point, Space
 
+FAILURES = 5  # trials at the start, after which a search that has nothing gives up
 HEARTBEAT, GRACE = 20, 60  # seconds between a worker's signs of life, and after which one without is taken for dead
 
 
@@ -46,15 +47,16 @@ def search(
     ones among them. cost: trainable, train_s or peak_mb; its logarithm is minimised. storage: a database URL; default: an SQLite
     file in `output`. fidelity: recipe keys that are otherwise in the trials, such as {"limit": 1000}; the front's recipes have
     the recipe's own. warm_start: `output` of an earlier search of the same space, whose front is tried first. random: random
-    search, to compare with. progress: told of {"event": "trial", ...}.
+    search, to compare with. progress: told of {"event": "trial", ...} and {"event": "note", "text"}.
 
     Trials of workers that were killed are taken up again, from their last checkpoint where the folder is at hand. Writes
-    search.json, search.html and front/*.yaml. Returns what search.json holds.
-    Raises `TunesmithError` for bad input, a database that cannot be reached, and a study of another recipe or space.
+    search.json, search.html and front/*.yaml. It ends early where the space has no more points. Returns what search.json holds.
+    Raises `TunesmithError` for bad input, a database that cannot be reached, a study of another recipe, data or space, and where
+    the first FAILURES trials fail.
     """
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     space, output, tell = space or Space(), Path(output), progress or (lambda event: None)
     if cost not in page.TITLES:
         raise TunesmithError(f"there is no cost {cost!r}{nearest(cost, page.TITLES)}; there are {', '.join(page.TITLES)}")
@@ -67,9 +69,10 @@ def search(
     sampler = HypervolumeSampler(space, depth, math.inf if random else startup, seed)
     output.mkdir(parents=True, exist_ok=True)
     study = _study(storage or f"sqlite:///{output.resolve() / 'study.db'}", sampler, higher)
-    about = json.dumps({"recipe": tried, "space": space.model_dump(), "cost": cost, "depth": depth}, sort_keys=True)
+    contents = digest(tried)
+    about = json.dumps({"recipe": tried, "data": contents, "space": space.model_dump(), "cost": cost, "depth": depth}, sort_keys=True)
     if study.user_attrs.get("about") not in (None, about):
-        raise TunesmithError(f"the study in {storage or output} is of another recipe, space or cost; choose another output or database")
+        raise TunesmithError(f"the study in {storage or output} is of another recipe, space or cost, or of data that have changed; choose another output or database")
     study.set_user_attr("about", about)
     if warm_start and not study.trials:
         for point in _front_of(warm_start, space, depth):
@@ -77,16 +80,29 @@ def search(
 
     def objective(trial: optuna.Trial):
         point: Point = tuple(trial.suggest_int(name, 0, count - 1) for name, count in zip(names(space, depth), space.choices(depth), strict=True))
-        found = _measured(tried, space, point, output, metric)
+        try:
+            found = _measured(tried, contents, space, point, output, metric)
+        except KeyboardInterrupt:
+            study.enqueue_trial(trial.params)  # for whoever goes on
+            raise
+        except TrialFailed as failure:
+            tell({"event": "note", "text": f"failed: {space.text(point)}: {failure}"})
+            states = [t.state for t in study.trials]
+            if complete[0] not in states and states.count(optuna.trial.TrialState.FAIL) >= FAILURES - 1:
+                raise TunesmithError(f"the first {FAILURES} trials failed, the last one with: {failure}") from None
+            raise
         for key, value in found.items():
             trial.set_user_attr(key, value)
         done = sum(t.state == optuna.trial.TrialState.COMPLETE for t in study.get_trials(deepcopy=False)) + 1
         tell({"event": "trial", "done": done, "total": trials, "text": space.text(point), "metric": metric, "value": found["value"], "cost": found[cost]})
         return found["value"], math.log10(max(found[cost], 1e-9))
 
+    def exhausted() -> bool:
+        return len(sampler.tried(t for t in study.get_trials(deepcopy=False) if t.state.is_finished())) >= space.size(depth)
+
     complete = (optuna.trial.TrialState.COMPLETE,)
-    if sum(t.state in complete for t in study.trials) < trials:
-        study.optimize(objective, callbacks=[optuna.study.MaxTrialsCallback(trials, states=complete)], catch=(TrialFailed,))
+    if not exhausted() and sum(t.state in complete for t in study.trials) < trials:
+        study.optimize(objective, callbacks=[optuna.study.MaxTrialsCallback(trials, states=complete), lambda study, _: exhausted() and study.stop()], catch=(TrialFailed,))
     return _report(study, sampler, space, base, output, cost, metric, higher)
 
 
@@ -96,6 +112,8 @@ class TrialFailed(Exception):
 
 def _facts(recipe: Recipe) -> tuple[str, bool, int]:
     """(metric, whether more of it is better, transformer layers of the model)."""
+    if not recipe.eval and not recipe.holdout:
+        raise TunesmithError("a search chooses by data that are held out from training: give eval, or a holdout above 0")
     rows = data.load(recipe.data, recipe.split, recipe.limit)
     task = tasks.get(recipe.task or tasks.guess(rows))
     labels = task.labels(rows, task.columns(rows, recipe.columns))
@@ -131,10 +149,10 @@ def _without_password(url: str) -> str:
         return repr(url)
 
 
-def _measured(tried: dict, space: Space, point: Point, output: Path, metric: str) -> dict[str, Any]:
+def _measured(tried: dict, contents: str, space: Space, point: Point, output: Path, metric: str) -> dict[str, Any]:
     """What training one configuration gives, in a folder of its own where a killed run goes on."""
     method = space.method(point)
-    name = hashlib.sha256(json.dumps([tried, method], sort_keys=True).encode()).hexdigest()[:16]
+    name = hashlib.sha256(json.dumps([tried, contents, method], sort_keys=True).encode()).hexdigest()[:16]
     folder = output / "trials" / name
     if not (folder / "summary.json").exists():
         failure = train_in_child(tried | {"method": method, "output": str(folder)})

@@ -1,6 +1,7 @@
 """A space of configurations: parts of `combined`, each with one size, and the layers they sit in."""
 
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,11 +64,23 @@ class Space(BaseModel):
         """How many values each coordinate of a point has, for a model of `depth` layers."""
         return [len(values) for _, _, values, _ in self.sizes] + [2] * (depth if self.layers == "any" else 0)
 
+    def size(self, depth: int) -> int:
+        """How many valid points there are."""
+        every = prod(len(values) for _, _, values, _ in self.sizes) - all(0 in values for _, _, values, _ in self.sizes)
+        if self.layers == "all":
+            return every
+        tokens = [(name, values) for name, _, values, _ in self.sizes if "tokens" in registry[name].works_on]
+        others = [values for name, _, values, _ in self.sizes if "tokens" not in registry[name].works_on]
+        alone = prod(len(values) for _, values in tokens) - all(0 in values for _, values in tokens) if all(0 in values for values in others) else 0
+        return (every - alone) * (2**depth - 1) + alone
+
     def valid(self, point: Point) -> bool:
-        """Whether something is on, and in some layer."""
-        count = len(self.parts)
-        on = any(values[i] for i, (_, _, values, _) in zip(point, self.sizes, strict=False))
-        return on and (self.layers == "all" or any(point[count:]))
+        """Whether something is on, and in some layer; virtual tokens alone, which no layer can be without, in all."""
+        on = [name for i, (name, _, values, _) in zip(point, self.sizes, strict=False) if values[i]]
+        bits = point[len(self.parts) :]
+        if self.layers == "all" or all(bits):
+            return bool(on)
+        return any(bits) and any("tokens" not in registry[name].works_on for name in on)
 
     def method(self, point: Point) -> dict[str, Any]:
         """The method that a valid point stands for."""
@@ -90,7 +103,7 @@ class Space(BaseModel):
 def _sized(name: str, sizes: Sequence[int] | dict) -> tuple[str, list[int], dict]:
     fields = registry[name].model_fields
     if isinstance(sizes, dict):
-        listed = [key for key, value in sizes.items() if isinstance(value, list) and key in fields]
+        listed = [key for key, value in sizes.items() if isinstance(value, list) and all(type(each) is int for each in value) and key in fields]
         if len(listed) != 1:
             raise TunesmithError(f"search space: {name} needs one field with a list of sizes, such as {{{next((s for s in SIZES if s in fields), 'rank')}: [0, 4, 16]}}")
         return listed[0], sizes[listed[0]], {key: value for key, value in sizes.items() if key != listed[0]}

@@ -9,11 +9,13 @@ from ..quantize.model import footprint, is_quantized, original_of, quantize, res
 from ..quantize.packed import PackedWeight
 
 
-def load(name: str, task: str, labels: list[str] | None = None, dtype: str = "float32", seed: int = 0, format: Any = None, method: Method | None = None, units: pruning.Units | None = None):
+def load(name: str, task: str, labels: list[str] | None = None, dtype: str = "float32", seed: int = 0, format: Any = None, method: Method | None = None, units: pruning.Units | None = None, keep: bool = True):
     """`models.load`, with weights rounded to the number format `format`, or packed as the folder `name` holds them.
 
-    `units`: which units of the whole model a pruned one keeps; a folder that holds a pruned model says so itself. `method`: what is to be attached to the model; the packed weights know what they were made from where it starts from that.
-    Raises `TunesmithError` for a format on top of a folder that is quantised already, and for pruning such a model.
+    `units`: which units of the whole model a pruned one keeps; a folder that holds a pruned model says so itself. `method`: what is
+    to be attached to the model; with `keep`, the packed weights know what they were made from where it starts from that.
+    Raises `TunesmithError` for a format on top of a folder that is quantised already, for pruning such a model, and for a method
+    that starts from the original of weights that have none.
     """
     model, tokenizer = models.load(name, task, labels, dtype, seed)
     if pruning.is_pruned(name):
@@ -26,13 +28,15 @@ def load(name: str, task: str, labels: list[str] | None = None, dtype: str = "fl
         if format:
             raise TunesmithError(f"{name} is quantised already; leave quantize out of the recipe, or name the original model")
         restore(model, name)
-        if method and method.from_original:
-            original = dict(models.load(original_of(name), task, labels, dtype, seed)[0].named_parameters())
+        if keep and method and method.starts_from_original:
+            if (source := original_of(name)) is None:
+                raise TunesmithError(f"{method.method} starts from what rounding took from the original weights, and {name} holds those that training ended with; take lora, or another base")
+            original = dict(models.load(source, task, labels, dtype, seed)[0].named_parameters())
             for path, weight in model.named_parameters():
                 if isinstance(weight, PackedWeight):
                     weight.original = original[path].detach()
     elif format:
-        quantize(model, format, **({"keep": method.from_original, "rounding": method.rounding} if method else {}))
+        quantize(model, format, **({"keep": keep and method.starts_from_original, "rounding": method.rounding} if method else {}))
     return model, tokenizer
 
 

@@ -144,6 +144,7 @@ def open_run(folder: str | Path, adapter: bool = True, device: str | None = None
     from ..methods import parse
     from ..quantize import forget
     from . import base
+    from .prepare import room
     from .taskdata import task_of
 
     folder = Path(folder)
@@ -162,7 +163,8 @@ def open_run(folder: str | Path, adapter: bool = True, device: str | None = None
     if adapter and not (folder / "adapter").is_dir():
         raise TunesmithError(f"{folder} holds no adapter yet; finish it with `tunesmith train {folder} --resume`")
     units = store.read_json(folder / "adapter" / store.CARD).get("pruned") if adapter else None
-    model, tokenizer = base.load(recipe.model, task.name, labels, recipe.dtype, recipe.seed, recipe.quantize, parse(recipe.method), units)
+    model, tokenizer = base.load(recipe.model, task.name, labels, recipe.dtype, recipe.seed, recipe.quantize, parse(recipe.method), units, keep=False)
+    recipe = recipe.model_copy(update={"max_length": room(model, parse(recipe.method), recipe.max_length)})
     if adapter:
         ts.load(model, folder / "adapter")
     forget(model)

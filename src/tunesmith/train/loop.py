@@ -33,7 +33,7 @@ from . import base, checkpoint, memory, report
 from . import folder as run_folder
 from .evaluate import evaluate
 from .metrics import Metrics
-from .prepare import assert_learning, prepare, with_head
+from .prepare import assert_learning, prepare, room, with_head
 from .recipe import Recipe
 from .step import loss_of, predicted, processes, reduced, schedule, seed, sum_gradients, to
 from .taskdata import check_known, columns_of, in_tasks, task_of, with_tasks
@@ -145,13 +145,14 @@ def _run(recipe, progress, resume, overwrite, locks):
     for source, other, found in scored.values():
         if source:
             check_known(source, other, found, task, tokenizer, labels, task_names)
-    examples = with_tasks(task.encode(train, columns, tokenizer, labels, recipe.max_length), cols.task_ids(train, columns, task_names))
+    longest = room(model, method, recipe.max_length)
+    examples = with_tasks(task.encode(train, columns, tokenizer, labels, longest), cols.task_ids(train, columns, task_names))
     if recipe.packing:
         if task.name != "sft":
             raise TunesmithError(f"packing is for task sft, not {task.name}; set packing=false")
         if task_names:
             raise TunesmithError("packing lays examples of several tasks into one row, which can be of one task only; set packing=false")
-        examples = data.pack(examples, recipe.max_length)
+        examples = data.pack(examples, longest)
     pad_id = tokenizer.pad_token_id or 0
     share = recipe.accumulate * world
     epoch_batches: dict[int, list] = {}
@@ -171,7 +172,7 @@ def _run(recipe, progress, resume, overwrite, locks):
 
     def score(name: str):
         _, rows, found = scored[name]
-        return evaluate(model, tokenizer, task, rows, found, labels, recipe.eval_batch_size, recipe.max_new_tokens, None, watch, recipe.max_length, task_names=task_names)
+        return evaluate(model, tokenizer, task, rows, found, labels, recipe.eval_batch_size, recipe.max_new_tokens, None, watch, longest, task_names=task_names)
 
     def inputs_of(batch: list[int]) -> dict[str, torch.Tensor]:
         return to(data.collate([examples[i] for i in batch], pad_id, "right", model.dtype), device)

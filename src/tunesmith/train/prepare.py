@@ -7,13 +7,27 @@ from torch import nn
 import tunesmith as ts
 
 from ..engine.model import check_gradients
-from ..engine.sites import head_paths
+from ..engine.sites import backbone, head_paths
+from ..engine.tokens import positions
 from ..errors import TunesmithError
 
 
 def with_head(method: Any, model: nn.Module) -> Any:
     """The method's config with the model's head, which is new, among the modules trained and saved in full."""
     return method.model_copy(update={"modules_to_save": list(dict.fromkeys([*method.modules_to_save, *head_paths(model)]))})
+
+
+def room(model: nn.Module, method: Any, most: int) -> int:
+    """Tokens of the longest text, up to `most`: a table of positions has to hold the method's virtual tokens too.
+
+    Raises `TunesmithError` where these leave no position for the text.
+    """
+    size = positions(backbone(model))
+    if size is None:
+        return most
+    if size - method.front < 2:
+        raise TunesmithError(f"{method.front} virtual tokens do not fit before a text: {type(model).__name__} has {size} positions; choose fewer")
+    return min(most, size - method.front)
 
 
 def prepare(model: nn.Module, gradient_checkpointing: bool = False) -> nn.Module:

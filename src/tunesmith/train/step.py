@@ -84,10 +84,10 @@ def reduced(value: float, device: torch.device, world: int) -> float:
 
 
 def sum_gradients(parameters, world: int) -> None:
-    """Sum gradients over processes in one message; a process whose share of the step was empty adds zeros."""
+    """Sum gradients over processes in one message; a process whose share of the step was empty adds zeros. What stands still (IST) gets none."""
     if world == 1:
         return
-    parameters = list(parameters)
+    parameters = [p for p in parameters if p.requires_grad]
     flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).float().flatten() for p in parameters])
     dist.all_reduce(flat)
     for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
