@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import TunesmithError
 from .fused import merged_linear
@@ -240,7 +241,11 @@ class Swap:
             there.put(W)
         else:
             if self.other.device != now.device:  # the model has moved since
-                self.other = nn.Parameter(self.other.detach().to(now.device), requires_grad=self.other.requires_grad)
+                moved = self.other.detach().to(now.device)
+                if is_traceable_wrapper_subclass(moved):  # whose parts .data leaves behind
+                    self.other = nn.Parameter(moved, requires_grad=False)
+                else:
+                    self.other.data = moved  # tied weights stay one
             parameters[self.name], self.other = self.other, now
 
 

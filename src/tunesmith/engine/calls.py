@@ -88,7 +88,7 @@ def score(model: nn.Module, sites: dict[str, Site], backward: Callable[[nn.Modul
         def hook(module, args, kwargs):
             (x,) = args or kwargs.values()
             padded = seen[0] is not None and x.dim() > 2 and x.shape[:2] == seen[0].shape
-            x = x.detach()[seen[0]] if padded else x.detach().reshape(-1, x.shape[-1])
+            x = x.detach()[seen[0].to(x.device)] if padded else x.detach().reshape(-1, x.shape[-1])
             add("rows", path, x.new_tensor(len(x), dtype=torch.float64))
             if "inputs" in sums:
                 add("inputs", path, x.abs().sum(0, dtype=torch.float64))

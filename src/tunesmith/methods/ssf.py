@@ -25,7 +25,10 @@ def offset(site: Site) -> float:
     if x.is_meta or not hasattr(module, "weight"):
         return 0.0
     forward = getattr(type(module), "_tunesmith_base", type(module)).forward
-    without, once = (_under(module, forward, x, torch.full_like(x, w)).float().sum().item() for w in (0, 1))
+    try:
+        without, once = (_under(module, forward, x, torch.full_like(x, w)).float().sum().item() for w in (0, 1))
+    except TypeError:  # it wants more than x
+        return 0.0
     return round(without / (once - without), 3) if once != without else 0.0
 
 

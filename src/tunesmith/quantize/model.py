@@ -33,8 +33,8 @@ def quantize(
 
     `format`: a name (nf4, int8, int4, int3, int2, mxfp4, nvfp4, sketch4, …) or `{"format": "int4", "group_size": 64}`. `targets`: as
     for adapters; "all-linear" leaves the head alone. Weights are rounded to nearest; with `calibrate(model)`, which runs the
-    model on some batches, so that the layers' outputs there change little (GPTQ, PASSES times or more). `keep`: keep the weights as they were for
-    adapters that start from the difference, until `forget(model)`. `rounding(W, format, keep)`: in place of rounding to nearest.
+    model on some batches and is called PASSES times or more, so that the layers' outputs there change little (GPTQ). `keep`: keep
+    the weights as they were for adapters that start from the difference, until `forget(model)`. `rounding(W, format, keep)`: in place of rounding to nearest.
     Raises `TunesmithError` for an unknown format, a layer that is no `nn.Linear`, a model that has adapters, and both ways of rounding at once.
     """
     format = parse(format)
@@ -104,7 +104,7 @@ def dequantize(model: nn.Module) -> nn.Module:
             if id(W) not in plain:
                 plain[id(W)] = nn.Parameter(W.dequantize(), requires_grad=False)
             site.holder._parameters[site.weight] = plain[id(W)]
-    return model
+    return _told_ddp(model)
 
 
 def forget(model: nn.Module) -> nn.Module:

@@ -98,7 +98,9 @@ def search(
         return found["value"], math.log10(max(found[cost], 1e-9))
 
     def exhausted() -> bool:
-        return len(sampler.tried(t for t in study.get_trials(deepcopy=False) if t.state.is_finished())) >= space.size(depth)
+        known = study.get_trials(deepcopy=False)
+        waiting = any(t.state == optuna.trial.TrialState.WAITING for t in known)
+        return not waiting and len(sampler.tried(t for t in known if t.state.is_finished())) >= space.size(depth)
 
     complete = (optuna.trial.TrialState.COMPLETE,)
     if not exhausted() and sum(t.state in complete for t in study.trials) < trials:
