@@ -257,6 +257,13 @@ def test_thin_keeps_both_ends():
     assert svg.thin([1, 2], 7) == [1, 2]
 
 
+def test_a_front_lies_over_the_other_points_which_have_their_names_on_hover_alone():
+    points = [svg.Point(1, 1, "ours"), svg.Point(1, 0.9, "theirs", labelled=False)]
+    drawn = str(svg.scatter(points, [0], "x", "y", "id"))
+    assert drawn.index("theirs: y 0.9") < drawn.index("ours: y 1")
+    assert ">ours</text>" in drawn and ">theirs</text>" not in drawn
+
+
 @pytest.mark.parametrize(
     ("write", "value", "text"),
     [

@@ -14,7 +14,7 @@ def html(result: dict) -> str:
     """The page of what `search` found."""
     rows, cost, metric = result["trials"], result["cost"], result["metric"]
     front = sorted((i for i, row in enumerate(rows) if row["front"]), key=lambda i: rows[i][cost])
-    points = [svg.Point(row[cost], row["value"], row["text"] if row["front"] else "") for row in rows]
+    points = [svg.Point(row[cost], row["value"], row["text"], labelled=row["front"]) for row in rows]
     figure = {
         "id": "front", "title": f"{metric.capitalize()} against {TITLES[cost]}", "caption": f"{len(front)} of {len(rows)} configurations are not beaten in both.",
         "svg": svg.scatter(points, front, TITLES[cost], metric, "front-caption", cost != "peak_mb"),

@@ -165,6 +165,7 @@ class Point:
     label: str
     href: str | None = None
     spread: float = 0.0
+    labelled: bool = True  # or else the label is in the hover title alone
 
 
 def _free_place(px: float, py: float, width: float, taken: list[tuple[float, float, float, float]]):
@@ -200,7 +201,7 @@ def scatter(
     x, y = axis(xs, x_label, log_x), axis(ys, y_label)
     px, py = _place(x, y)
     taken = [(px(p.x) - 5, py(p.y) - 5, px(p.x) + 5, py(p.y) + 5) for p in points]
-    body = []
+    body, drawn = [], {}
     if front:
         stairs = [(px(points[front[0]].x), py(points[front[0]].y))]
         for i in front[1:]:
@@ -219,15 +220,16 @@ def scatter(
         if p.spread:
             spread = Markup('<line class="spread" x1="{0:.1f}" x2="{0:.1f}" y1="{1:.1f}" y2="{2:.1f}"/>').format(at[0], py(p.y - p.spread), py(p.y + p.spread))
         label = Markup("")
-        if place := _free_place(*at, 1.1 * CHARACTER * len(p.label), taken):
+        if p.labelled and (place := _free_place(*at, 1.1 * CHARACTER * len(p.label), taken)):
             (left, top, anchor), box = place
             taken.append(box)
             label = Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(left, top, anchor, p.label)
         said = f"{p.label}: {y_label} {p.y:.4g}{f' ± {p.spread:.2g}' if p.spread else ''}, {x_label} {p.x:,.4g}"
-        drawn = Markup('<g class="{}">{}<circle cx="{:.1f}" cy="{:.1f}" r="5"><title>{}</title></circle>{}</g>').format(
+        point = Markup('<g class="{}">{}<circle cx="{:.1f}" cy="{:.1f}" r="5"><title>{}</title></circle>{}</g>').format(
             "member" if i in front else "other", spread, *at, said, label
         )
-        body.append(Markup('<a href="{}">{}</a>').format(p.href, drawn) if p.href else drawn)
+        drawn[i] = Markup('<a href="{}">{}</a>').format(p.href, point) if p.href else point
+    body += [drawn[i] for i in sorted(drawn, key=lambda i: i in front)]  # the front hides others, not they it
     return _frame(x, y, body, described_by, reference)
 
 
