@@ -24,6 +24,7 @@ from peft import (
 from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from safetensors.torch import load_file
 from torch import nn
+from transformers import RobertaConfig, RobertaForSequenceClassification
 
 import tunesmith as ts
 from tests import tiny
@@ -31,7 +32,15 @@ from tunesmith.engine.model import adapters
 from tunesmith.methods.peft_targets import patterned, target_paths
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-BUILDERS = tiny.BUILDERS | {"tied": lambda: tiny.tiny_llama(tie=True), "moe": lambda: Nested(), "ends": lambda: Ends()}
+BUILDERS = tiny.BUILDERS | {"tied": lambda: tiny.tiny_llama(tie=True), "moe": lambda: Nested(), "ends": lambda: Ends(), "roberta": lambda: roberta()}
+
+
+def roberta():
+    """A classifier whose head takes the first token itself, without a pooler."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        settings = dict(vocab_size=tiny.VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_labels=3, pad_token_id=0)
+        return RobertaForSequenceClassification(RobertaConfig(**settings, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
 
 
 class Nested(nn.Module):
@@ -164,6 +173,7 @@ PEFT = {
     "prompt": ("llama", lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
     "prompt gpt2": ("gpt2", lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
     "prompt bert": ("bert", lambda: PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)),
+    "prompt roberta": ("roberta", lambda: PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)),
     "prompt t5": ("t5", lambda: PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3, num_transformer_submodules=1)),
     "prefix": ("llama", lambda: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
     "prefix gpt2": ("gpt2", lambda: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
@@ -265,7 +275,7 @@ OWN = {
     "prompt": ("llama", {"method": "prompt-tuning", "tokens": 3}),
     "prompt gpt2": ("gpt2", {"method": "prompt-tuning", "tokens": 3}),
     "prompt t5": ("t5", {"method": "prompt-tuning", "tokens": 3}),
-    "prompt bert": ("bert", {"method": "prompt-tuning", "tokens": 3, "modules_to_save": ["classifier"]}),
+    "prompt bert": ("bert", {"method": "prompt-tuning", "tokens": 3, "after": 0, "modules_to_save": ["classifier"]}),
     "prefix": ("llama", {"method": "prefix-tuning", "tokens": 3}),
     "prefix gpt2": ("gpt2", {"method": "prefix-tuning", "tokens": 3}),
     "prefix projected": ("llama", {"method": "prefix-tuning", "tokens": 3, "prefix_projection": True, "encoder_hidden_size": 12}),
@@ -273,7 +283,7 @@ OWN = {
     "p-tuning": ("llama", {"method": "p-tuning", "tokens": 3}),
     "p-tuning lstm": ("gpt2", {"method": "p-tuning", "tokens": 3, "encoder": "lstm", "encoder_hidden_size": 5}),
     "p-tuning t5": ("t5", {"method": "p-tuning", "tokens": 3, "encoder": None}),
-    "p-tuning bert": ("bert", {"method": "p-tuning", "tokens": 3, "modules_to_save": ["classifier"]}),
+    "p-tuning bert": ("bert", {"method": "p-tuning", "tokens": 3, "after": 0, "modules_to_save": ["classifier"]}),
     "miss": ("llama", {"method": "miss", "rank": 8, "dropout": 0.2}),
     "bone": ("llama", {"method": "bone", "rank": 7}),
     "bat": ("llama", {"method": "bat", "rank": 16}),
@@ -322,6 +332,8 @@ def test_refuses_to_write_what_peft_would_misread(tmp_path):
     for method in ("series-adapter", "bitfit"):
         with pytest.raises(ts.TunesmithError, match=f"cannot hold.*{method}"):
             ts.save(ts.adapt(tiny.tiny_bert(), method), tmp_path / "a", format="peft")
+    with pytest.raises(ts.TunesmithError, match="in front of the first token; train prompt-tuning with after=0"):
+        ts.save(ts.adapt(tiny.tiny_bert(), "prompt-tuning"), tmp_path / "a", format="peft")
     assert not list(tmp_path.iterdir())
 
 

@@ -225,6 +225,30 @@ def test_padding_on_the_right_has_no_influence(method):
     torch.testing.assert_close(logits(model, input_ids=batch["input_ids"][:1, :8])[0], before, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("after", [0, 1, None])
+@pytest.mark.parametrize("method", [ALL["prompt"], ALL["mlp"]], ids=["prompt", "mlp"])
+def test_where_a_prompt_stands_in_an_encoder(method, after):
+    model, base, batch = stirred(tiny.tiny_bert(), method | {"after": after}), tiny.tiny_bert(), tiny.batch("llama")
+    types, places = (batch["input_ids"] > 100).long(), torch.arange(10).expand(3, -1)
+    found = logits(model, **batch, token_type_ids=types)
+    assert torch.equal(found, logits(model, **batch, token_type_ids=types, position_ids=places))
+    k = 0 if after == 0 else 1
+    virtual = layer(model).vectors().detach().expand(3, -1, -1)
+
+    def whole(text, fill):
+        return torch.cat([text[:, :k], fill, text[:, k:]], 1)
+
+    inputs = {
+        "inputs_embeds": whole(base.get_input_embeddings()(batch["input_ids"]).detach(), virtual),
+        "attention_mask": whole(batch["attention_mask"], torch.ones(3, 3)), "token_type_ids": whole(types, torch.zeros(3, 3).long()),
+    }  # fmt: skip
+    assert torch.equal(found, logits(base, **inputs))
+    if k:
+        states = model.bert(**batch, token_type_ids=types, output_hidden_states=True)
+        assert torch.equal(states.pooler_output, model.bert.pooler(states.last_hidden_state))
+        assert {h.shape[1] for h in states.hidden_states} == {10}
+
+
 @pytest.mark.parametrize("method", ENCODED.values(), ids=ENCODED)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_keeps_an_encoders_gradients(method, reentrant):

@@ -62,8 +62,16 @@ def past(cache) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def extend(call: dict, length: int, new: bool) -> None:
-    """Make room for `length` virtual tokens before the text in masks, positions and token types.
+def reads_first(model: nn.Module) -> bool:
+    """Whether a model's heads read the first token of a text, as those of BERT and other encoders do."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
+
+    config = getattr(model, "config", None)
+    return getattr(config, "model_type", None) in ENCODERS and not getattr(config, "is_decoder", False) and not getattr(config, "is_encoder_decoder", False)
+
+
+def extend(call: dict, length: int, new: bool, after: int = 0) -> None:
+    """Make room for `length` virtual tokens in masks, positions and token types, behind the text's first `after` tokens.
 
     `new`: the virtual tokens are part of this call's input; otherwise they are in the cache already.
     """
@@ -71,16 +79,23 @@ def extend(call: dict, length: int, new: bool) -> None:
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             raise TunesmithError("virtual tokens need a 2-D attention mask (batch, tokens); packed or 4-D masks cannot be extended")
-        call["attention_mask"] = torch.cat([mask.new_ones(len(mask), length), mask], 1)
+        call["attention_mask"] = inserted(mask, mask.new_ones(len(mask), length), after)
     positions = call.get("position_ids")
     if positions is not None:
-        call["position_ids"] = positions = positions + length
+        text = torch.arange(positions.shape[-1], device=positions.device)
+        call["position_ids"] = positions = positions + length * (text >= after)
         if new:
-            front = torch.arange(length, device=positions.device).expand(*positions.shape[:-1], length)
-            call["position_ids"] = torch.cat([front, positions], -1)
+            own = torch.arange(after, after + length, device=positions.device).expand(*positions.shape[:-1], length)
+            call["position_ids"] = inserted(positions, own, after, -1)
     types = call.get("token_type_ids")
     if types is not None and new:
-        call["token_type_ids"] = torch.cat([types.new_zeros(len(types), length), types], 1)
+        call["token_type_ids"] = inserted(types, types.new_zeros(len(types), length), after)
+
+
+def inserted(text: Tensor, virtual: Tensor, after: int, dim: int = 1) -> Tensor:
+    """What belongs to the virtual tokens behind the first `after` of the text's."""
+    first, rest = text.tensor_split([after], dim)
+    return torch.cat([first, virtual, rest], dim)
 
 
 def positions(module: nn.Module) -> int | None:
@@ -91,11 +106,15 @@ def positions(module: nn.Module) -> int | None:
     return None
 
 
-def trim(output, length: int):
+def trim(output, length: int, after: int = 0):
     """The output without the virtual positions, so that it aligns with the caller's tokens and labels."""
+
+    def cut(h):
+        return torch.cat([h[:, :after], h[:, after + length :]], 1) if after else h[:, length:]
+
     if isinstance(output, tuple):
-        return (output[0][:, length:], *output[1:])
-    output.last_hidden_state = output.last_hidden_state[:, length:]
+        return (cut(output[0]), *output[1:])
+    output.last_hidden_state = cut(output.last_hidden_state)
     if getattr(output, "hidden_states", None) is not None:
-        output.hidden_states = tuple(h[:, length:] for h in output.hidden_states)
+        output.hidden_states = tuple(map(cut, output.hidden_states))
     return output

@@ -8,38 +8,38 @@ from torch import nn
 
 from ..engine.adapter import Adapter
 from ..engine.sites import backbone, float_dtype
-from ..engine.tokens import TokenAdapter, arguments, cached, extend, past, token_backbone, token_site, trim
+from ..engine.tokens import TokenAdapter, arguments, cached, extend, inserted, past, reads_first, token_backbone, token_site, trim
 from ..errors import TunesmithError
 from .method import Method, empty
 
 
 class PromptLayer(TokenAdapter):
-    """The input embeddings (batch, T, d) become (batch, m + T, d) with the prompt (m, d) in front."""
+    """The input embeddings (batch, T, d) become (batch, m + T, d) with the prompt (m, d) in front, or behind the first."""
 
     outermost = True  # it enters where the cache is empty, which a prefix fills
 
     def __init__(self, config: "SoftPrompt", embeddings: nn.Module, keep: bool):
         super().__init__()
         words = embeddings.weight
-        self.length, self.keep = config.tokens, keep  # keep: its outputs keep the virtual positions
+        self.length, self.after, self.keep = config.tokens, config.after, keep  # keep: its outputs keep the virtual positions
         self.prompt = empty(config.tokens, words.shape[1], like=words)
         with torch.no_grad():
             self.prompt.copy_(config.start(words))
 
     def vectors(self) -> torch.Tensor:
-        """What is put in front of the text, (m, d)."""
+        """What is put beside the text, (m, d)."""
         return self.prompt
 
     def forward(self, base, *args, **kwargs):
         call = arguments(base, args, kwargs)
         new = past(cached(call)) == 0
-        extend(call, self.length, new)
+        extend(call, self.length, new, self.after)
         if not new:
             return base(**call)
         embeds = embedded(base, call)
-        call["inputs_embeds"] = torch.cat([self.vectors().to(embeds.dtype).expand(len(embeds), -1, -1), embeds], 1)
+        call["inputs_embeds"] = inserted(embeds, self.vectors().to(embeds.dtype).expand(len(embeds), -1, -1), self.after)
         output = base(**call)
-        return output if self.keep else trim(output, self.length)
+        return output if self.keep else trim(output, self.length, self.after)
 
 
 def embedded(base, call: dict) -> torch.Tensor:
@@ -62,8 +62,9 @@ class CrossMask(Adapter):
 class SoftPrompt(Method):
     """What methods have in common that put m = `tokens` embeddings in front of the input, of an encoder-decoder's encoder.
 
-    Outputs align with the caller's tokens: the virtual positions are cut off (Hugging Face peft keeps them). A pooler, as BERT's,
-    reads the first of all positions, a virtual one, as with peft.
+    Where heads read the first token, as BERT's do, the prompt stands behind it (`after` = 1), as P-tuning has it: from a
+    prompt's first embedding a new head learns nothing for hundreds of steps. With `after` = 0 it does read that, as with Hugging
+    Face peft. Outputs align with the caller's tokens: the virtual positions are cut off (peft keeps them).
     """
 
     family = "prompt"
@@ -73,6 +74,7 @@ class SoftPrompt(Method):
 
     targets: Literal["tokens"] = "tokens"
     tokens: PositiveInt = Field(20, description="length m of the prompt")
+    after: Literal[0, 1] | None = Field(None, description="tokens of the text before the prompt; default: 1 in encoders such as BERT, whose heads read the first token, and else 0")
 
     layer_class: ClassVar[type[PromptLayer]] = PromptLayer
 
@@ -94,12 +96,14 @@ class SoftPrompt(Method):
             stacks = [model.get_encoder(), model.get_decoder()]
         else:
             stacks = [inner]
-        return {site.path: (site, {}) for site in (token_site(m, model) for m in stacks)}
+        after = int(reads_first(model)) if self.after is None else self.after
+        return {site.path: (site, {"after": after}) for site in (token_site(m, model) for m in stacks)}
 
     def build(self, model, configs, by_path):
         (first, site), *decoder = [(path, by_path[path]) for path in configs]
         embeddings = backbone(model).get_input_embeddings()
-        return {first: (site, self.layer_class(self, embeddings, keep=bool(decoder)))} | {path: (s, CrossMask()) for path, s in decoder}
+        pooled = self.after == 0 and reads_first(model) and type(model).__name__.endswith("ForSequenceClassification")
+        return {first: (site, self.layer_class(self, embeddings, keep=pooled or bool(decoder)))} | {path: (s, CrossMask()) for path, s in decoder}
 
     def count(self, site):
         decoder = getattr(site.owner, "is_decoder", False)  # of an encoder-decoder: its site only widens a mask
@@ -110,6 +114,8 @@ class SoftPrompt(Method):
 
     def to_peft(self, configs, model):
         config = model.config
+        if any(each.after for each in configs.values()):
+            raise TunesmithError(f"Hugging Face peft puts a prompt in front of the first token; train {self.method} with after=0 for a file that peft can read")
         return {
             "num_virtual_tokens": self.tokens, "token_dim": backbone(model).get_input_embeddings().weight.shape[1], "num_transformer_submodules": 1,
             "num_attention_heads": config.num_attention_heads, "num_layers": config.num_hidden_layers,
@@ -117,7 +123,7 @@ class SoftPrompt(Method):
 
     @classmethod
     def from_peft(cls, fields, model, found):
-        config = cls(tokens=len(found["prompt_embeddings"]), **cls.plain)
+        config = cls(tokens=len(found["prompt_embeddings"]), after=0, **cls.plain)
         if fields.get("num_transformer_submodules") == 2:
             raise TunesmithError("this peft prompt has a part for the decoder (num_transformer_submodules=2); tunesmith's prompts are for the encoder")
         return config, dict.fromkeys(config.select(model), {})
@@ -130,7 +136,8 @@ class SoftPrompt(Method):
 
 
 class PromptTuning(SoftPrompt):
-    """Prompt tuning (Lester et al. 2021, arXiv 2104.08691): m embeddings P (m, d) in front of the input, H = [P; E(x)].
+    """Prompt tuning (Lester et al. 2021, arXiv 2104.08691): m embeddings P (m, d) in front of the input, H = [P; E(x)], or, in
+    encoders such as BERT, behind its first token.
 
     `init`: the embeddings of random words of the vocabulary, N(0, 1), or the embeddings of `init_text`, repeated or cut to
     m tokens. Raises `TunesmithError` for a model that reads no token ids, and for a text where the model's folder has no tokenizer.
@@ -153,7 +160,7 @@ class PromptTuning(SoftPrompt):
         if not isinstance(self.init_text, str):
             return found
         ids = token_ids(self.init_text, model)  # kept with the adapter, which can then be loaded without a tokenizer
-        return {path: (site, {"init_text": ids}) for path, (site, _) in found.items()}
+        return {path: (site, more | {"init_text": ids}) for path, (site, more) in found.items()}
 
     def start(self, words):
         if self.init == "random":
