@@ -1,13 +1,14 @@
 """Prompts and prefixes: starts, encoders that drop out, offsets by position, caches, padding, two rates."""
 
 import hashlib
+import itertools
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BertConfig, BertModel
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, Qwen3Config, Qwen3ForCausalLM
 
 import tunesmith as ts
 from tests import tiny
@@ -24,7 +25,8 @@ PROJECTED = {"method": "prefix-tuning", "tokens": 3, "prefix_projection": True, 
 LSTM = {"method": "p-tuning", "tokens": 3, "encoder": "lstm", "encoder_hidden_size": 6}
 DEEP = LSTM | {"encoder_num_layers": 3}
 ENCODED = {"mlp": {"method": "p-tuning", "tokens": 3}, "lstm": LSTM, "prefix": PROJECTED}
-ALL = {"prompt": {"method": "prompt-tuning", "tokens": 3}, "dept": DEPT, **ENCODED}
+UPPER = {"method": "prefix-tuning", "tokens": 3, "layers": [1]}
+ALL = {"prompt": {"method": "prompt-tuning", "tokens": 3}, "dept": DEPT, "upper prefix": UPPER, **ENCODED}
 each = pytest.mark.parametrize("method", ALL.values(), ids=ALL)
 
 
@@ -249,7 +251,7 @@ def test_where_a_prompt_stands_in_an_encoder(method, after):
         assert {h.shape[1] for h in states.hidden_states} == {10}
 
 
-@pytest.mark.parametrize("method", ENCODED.values(), ids=ENCODED)
+@pytest.mark.parametrize("method", [UPPER, *ENCODED.values()], ids=["upper prefix", *ENCODED])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_keeps_an_encoders_gradients(method, reentrant):
     def gradients(checkpointing):
@@ -287,6 +289,66 @@ def test_the_projection_makes_the_prefix():
     expected = nn.functional.linear(torch.tanh(nn.functional.linear(prefix.prefix, first.weight, first.bias)), second.weight, second.bias)
     torch.testing.assert_close(prefix.table(), expected)
     assert prefix.table().shape == (3, 2 * 2 * 16)  # keys and values of two layers with two heads of eight
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_prefix_in_some_layers(kind, training):
+    batch, first = tiny.batch(kind), {"llama": "model.layers.0", "gpt2": "transformer.h.0", "bert": "bert.encoder.layer.0"}[kind]
+
+    def build(**method):
+        model = tiny.BUILDERS[kind](**{"attn_implementation": "eager"} if kind == "gpt2" else {})
+        return ts.adapt(model, {"method": "prefix-tuning", "tokens": 3} | method) if method else model
+
+    def prefix(model):
+        return next(p for path, p in ts.trainable(model).items() if path.endswith("prefix"))
+
+    def states(model, given=None, **more):
+        """What the first layer makes, or is made to, and the logits."""
+        seen = []
+
+        def hook(module, args, out):
+            seen.append(out[0] if isinstance(out, tuple) else out)
+            if given is not None:
+                return (given, *out[1:]) if isinstance(out, tuple) else given
+
+        handle = model.get_submodule(first).register_forward_hook(hook)
+        found = model.train(training)(**batch, **more).logits.detach()
+        handle.remove()
+        return seen[0].detach(), found
+
+    shifted = {"position_ids": torch.arange(3, 13).expand(3, -1)}  # the text's positions are the same in all layers
+    plain, whole, below, above = states(build(), **shifted), build(layers=[0, -1]), build(layers=[0]), build(layers=[1])
+    for model, part in zip((below, above), prefix(whole).detach().chunk(2, 1), strict=True):
+        prefix(model).data.copy_(part)
+    found = {"plain": plain} | {name: states(model) for name, model in (("whole", whole), ("below", below), ("above", above))}
+    for one, other in (("above", "plain"), ("below", "whole")):
+        torch.testing.assert_close(found[one][0], found[other][0], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found["below"][1], states(build(), found["below"][0], **shifted)[1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found["whole"][1], states(above, found["below"][0])[1], atol=1e-5, rtol=1e-5)
+    assert all(not torch.allclose(a, b, atol=1e-4) for (_, a), (_, b) in itertools.combinations(found.values(), 2))
+
+
+def test_prefixes_of_other_layers_side_by_side():
+    model, batch, expected = tiny.tiny_llama(), tiny.batch("llama"), [logits(tiny.tiny_llama(), **tiny.batch("llama"))[0]]
+    for row, layers in ((1, [0]), (2, [1])):
+        ts.adapt(model, UPPER | {"layers": layers}, name=str(row))
+        expected.append(logits(model, **batch)[row])
+    with ts.mixed(model, [None, "1", "2"]):
+        torch.testing.assert_close(logits(model, **batch), torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_layers_of_a_prefix_that_cannot_be(tmp_path):
+    for layers, match in (([2], "has 2 layers, 0 to 1, and no layer 2"), ([], "leave prefix-tuning nothing")):
+        with pytest.raises(ts.TunesmithError, match=match):
+            ts.adapt(tiny.tiny_llama(), UPPER | {"layers": layers})
+    with pytest.raises(ts.TunesmithError, match="a prefix in every layer"):
+        ts.save(ts.adapt(tiny.tiny_llama(), UPPER), tmp_path / "a", format="peft")
+    ts.save(model := stirred(tiny.tiny_llama(), UPPER), tmp_path / "b")
+    assert torch.equal(logits(ts.load(tiny.tiny_llama(), tmp_path / "b"), **tiny.batch("llama")), logits(model, **tiny.batch("llama")))
+    slides = Qwen3Config(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=16, layer_types=["sliding_attention", "full_attention"], use_sliding_window=True, sliding_window=4)
+    with pytest.raises(ts.TunesmithError, match="does not work with sliding windows"):
+        ts.adapt(Qwen3ForCausalLM(slides), UPPER)
 
 
 @pytest.mark.parametrize("method", ENCODED.values(), ids=ENCODED)

@@ -102,6 +102,7 @@ class Method(BaseModel):
         """What the adapters are built from beside the weights: `gradient`, `squares` or `inputs`, at each site as `site.gradient` and so on."""
         return ()
 
+    own_layers: ClassVar[bool] = False  # whether `select` itself keeps to `layers`
     longest: ClassVar[int | None] = None  # tokens of the longest text it takes
     front: ClassVar[int] = 0  # positions that it takes before the text's
     calibration_optional: ClassVar[bool] = False  # whether adapters can be built without what `calibrated` names
@@ -255,18 +256,25 @@ def selected(config: Method, model: nn.Module) -> dict[str, tuple[Site, dict]]:
     Raises `TunesmithError` for a layer that the model does not have, and for a method that acts on the whole model at once.
     """
     found = config.select(model)
-    if config.layers is None:
+    if config.layers is None or config.own_layers:
         return found
     places = layers(model)
     if outside := [path for path in found if path not in places]:
         raise TunesmithError(f"{config.method} acts on the whole of {outside[0] or type(model).__name__!r} and cannot be kept to some layers; leave layers out")
     depth = max((depth for path, (_, _, depth) in places.items() if path in found), default=0)
-    if unknown := [number for number in config.layers if not -depth <= number < depth]:
-        raise TunesmithError(f"layers={config.layers}: {type(model).__name__} has {depth} layers, 0 to {depth - 1}, and no layer {unknown[0]}")
+    check_layers(config, model, depth)
     kept = {path: each for path, each in found.items() if {places[path][1], places[path][1] - places[path][2]} & set(config.layers)}
     if not kept:
         raise TunesmithError(f"layers={config.layers} leave {config.method} nothing to act on; name one layer at least")
     return kept
+
+
+def check_layers(config: Method, model: nn.Module, depth: int) -> None:
+    """Raises `TunesmithError` where a config's `layers` are not of a model with so many, or none."""
+    if unknown := [number for number in config.layers if not -depth <= number < depth]:
+        raise TunesmithError(f"layers={config.layers}: {type(model).__name__} has {depth} layers, 0 to {depth - 1}, and no layer {unknown[0]}")
+    if not config.layers:
+        raise TunesmithError(f"layers={config.layers} leave {config.method} nothing to act on; name one layer at least")
 
 
 def _groups(configs: dict[str, Method]) -> dict[type, dict[str, Method]]:

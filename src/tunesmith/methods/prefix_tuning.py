@@ -11,7 +11,7 @@ from ..engine.adapter import Adapter
 from ..engine.sites import backbone, float_dtype
 from ..engine.tokens import TokenAdapter, arguments, cache_name, cached, extend, past, token_backbone, token_site
 from ..errors import TunesmithError
-from .method import Method, empty
+from .method import Method, check_layers, empty
 from .p_tuning import encoded
 
 
@@ -19,12 +19,12 @@ class PrefixLayer(TokenAdapter):
     """Every layer's cache starts with m learned pairs; a table (m, 2·layers·kv_heads·head_dim) as layer 0 K, layer 0 V, layer 1 K, …
 
     The table is the trained prefix, or encoder(prefix) with a prefix (m, d). Keys enter as they are (no rotary embedding); the
-    text starts at position m.
+    text starts at position m. A layer that is to have no prefix has m pairs of zeros in its cache, which `PrefixReader` hides.
     """
 
     def __init__(self, config: "PrefixTuning", shapes: list[tuple[int, int]], like):
         super().__init__()
-        self.length, self.shapes = config.tokens, shapes
+        self.length, self.shapes, self.numbers = config.tokens, shapes, config.numbers(len(shapes))
         widths = config.widths(shapes)
         self.prefix = empty(config.tokens, widths[0], like=like)
         nn.init.normal_(self.prefix)
@@ -39,9 +39,11 @@ class PrefixLayer(TokenAdapter):
 
     def pairs(self, batch: int, dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Per layer, keys and values (batch, kv_heads, m, head_dim)."""
-        pieces = self.table().to(dtype).split([h * d for h, d in self.shapes for _ in "kv"], dim=1)
-        heads = [p.view(self.length, h, d).transpose(0, 1).expand(batch, -1, -1, -1) for p, (h, d) in zip(pieces, [s for s in self.shapes for _ in "kv"], strict=True)]
-        return list(zip(heads[::2], heads[1::2], strict=True))
+        shapes = [self.shapes[i] for i in self.numbers for _ in "kv"]
+        pieces = self.table().to(dtype).split([h * d for h, d in shapes], dim=1)
+        heads = [p.view(self.length, h, d).transpose(0, 1).expand(batch, -1, -1, -1) for p, (h, d) in zip(pieces, shapes, strict=True)]
+        own = dict(zip(self.numbers, zip(heads[::2], heads[1::2], strict=True), strict=True))
+        return [own[i] if i in own else (self.prefix.new_zeros(batch, h, self.length, d, dtype=dtype),) * 2 for i, (h, d) in enumerate(self.shapes)]
 
     def forward(self, base, *args, **kwargs):
         call = arguments(base, args, kwargs)
@@ -92,18 +94,37 @@ def _read_only(pairs):
     return cache
 
 
-class PrefixReader(Adapter):
-    """At each attention module: gives it the prefix where gradient checkpointing has taken its cache away."""
+class Hiding:
+    """A cache that gives a layer everything but its first `length` pairs."""
 
-    def __init__(self, prefix: PrefixLayer):
+    def __init__(self, cache, length: int):
+        self.cache, self.length = cache, length
+
+    def __getattr__(self, name):
+        return getattr(self.cache, name)
+
+    def update(self, *args, **kwargs):
+        return tuple(states[..., self.length :, :] for states in self.cache.update(*args, **kwargs))
+
+
+class PrefixReader(Adapter):
+    """At each attention module: gives it the prefix where gradient checkpointing has taken its cache away, and hides what stands
+    for a prefix where the layer is to have none."""
+
+    def __init__(self, prefix: PrefixLayer, hides: bool):
         super().__init__()
-        self.prefix = [prefix]  # in a list: the parameters belong to the backbone's site alone
+        self.prefix, self.hides = [prefix], hides  # in a list: the parameters belong to the backbone's site alone
 
     def forward(self, base, *args, **kwargs):
-        call = arguments(base, args, kwargs)
+        call, (prefix,), name = arguments(base, args, kwargs), self.prefix, cache_name(base.forward)
         if cached(call) is None:
             hidden = call["hidden_states"]
-            call[cache_name(base.forward)] = _read_only(self.prefix[0].pairs(len(hidden), hidden.dtype))
+            call[name] = _read_only(prefix.pairs(len(hidden), hidden.dtype))
+        if self.hides:
+            mask = call.get("attention_mask")
+            if not isinstance(mask, torch.Tensor | None):
+                raise TunesmithError(f"a prefix in some layers alone needs masks that are tensors, and {type(base.site.owner).__name__} has {type(mask).__name__}; load the model with attn_implementation='sdpa'")
+            call |= {name: Hiding(cached(call), prefix.length), "attention_mask": None if mask is None else mask[..., prefix.length :]}
         return base(**call)
 
 
@@ -112,7 +133,8 @@ class PrefixTuning(Method):
 
     With `prefix_projection` a two-layer MLP d → h → 2·layers·d makes them of m trained vectors, d being a layer's kv_heads·head_dim;
     it wants lower rates, 1e-3 and less. The MLP serves training alone: `drop_encoder` puts what it makes in its place, and peft's
-    files hold just that. Raises `TunesmithError` for a model without a KV cache, and for encoder-decoders.
+    files hold just that. In layers beyond `layers` nothing attends to a prefix; the text's positions are the same in all. Raises
+    `TunesmithError` for a model without a KV cache, for encoder-decoders, and for some layers of a model with sliding windows.
     """
 
     method, family, title, paper = "prefix-tuning", "prompt", "Prefix tuning", "arXiv:2101.00190"
@@ -130,8 +152,15 @@ class PrefixTuning(Method):
     def front(self):
         return self.tokens
 
+    own_layers = True
+
+    def numbers(self, depth: int) -> list[int]:
+        """The layers that have a prefix, of so many."""
+        return list(range(depth)) if self.layers is None else sorted({i % depth for i in self.layers})
+
     def widths(self, shapes: list[tuple[int, int]]) -> list[int]:
-        """Of what trains and, with a projection, of its hidden layer and what it makes, (kv_heads, head_dim) of each layer being given."""
+        """Of what trains and, with a projection, of its hidden layer and what it makes, (kv_heads, head_dim) of each layer of the model being given."""
+        shapes = [shapes[i] for i in self.numbers(len(shapes))]
         out, d = 2 * sum(h * d for h, d in shapes), shapes[0][0] * shapes[0][1]
         return [d, self.encoder_hidden_size or d, out] if self.prefix_projection else [out]
 
@@ -140,12 +169,19 @@ class PrefixTuning(Method):
         if getattr(model.config, "is_encoder_decoder", False):
             raise TunesmithError("prefix-tuning works on decoder-only and encoder-only models; prompt-tuning works on encoder-decoders")
         readers = [m for m in inner.modules() if hasattr(m, "layer_idx") and "attention" in type(m).__name__.lower() and cache_name(m.forward)]
+        if self.layers is not None:
+            depth = len(cache_shapes(model))
+            check_layers(self, model, depth)
+            if "sliding_attention" in (getattr(model.config, "layer_types", None) or ()):
+                raise TunesmithError(f"prefix-tuning in some layers alone does not work with sliding windows, which {type(model).__name__} has; leave layers out")
+            if without := set(range(depth)) - {m.layer_idx for m in readers}:
+                raise TunesmithError(f"prefix-tuning finds no attention module of layer {min(without)} of {type(model).__name__}; leave layers out")
         return {site.path: (site, {}) for site in (token_site(m, model) for m in [inner, *readers])}
 
     def build(self, model, configs, by_path):
         (path, *readers), owner = configs, backbone(model)
         prefix = PrefixLayer(self, cache_shapes(owner), next(owner.parameters()))
-        return {path: (by_path[path], prefix)} | {p: (by_path[p], PrefixReader(prefix)) for p in readers}
+        return {path: (by_path[path], prefix)} | {p: (by_path[p], PrefixReader(prefix, by_path[p].owner.layer_idx not in prefix.numbers)) for p in readers}
 
     def count(self, site):
         if hasattr(site.owner, "layer_idx"):
@@ -158,8 +194,8 @@ class PrefixTuning(Method):
 
     def to_peft(self, configs, model):
         shapes = cache_shapes(model)
-        if len(set(shapes)) > 1:
-            raise TunesmithError("the peft format needs the same key and value heads in every layer; save this prefix with format='tunesmith'")
+        if len(set(shapes)) > 1 or len(self.numbers(len(shapes))) < len(shapes):
+            raise TunesmithError("the peft format needs a prefix in every layer, with the same key and value heads; save this one with format='tunesmith'")
         heads, dim = shapes[0]
         return {
             "num_virtual_tokens": self.tokens, "token_dim": heads * dim, "num_attention_heads": heads, "num_layers": len(shapes),

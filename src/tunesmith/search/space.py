@@ -69,18 +69,18 @@ class Space(BaseModel):
         every = prod(len(values) for _, _, values, _ in self.sizes) - all(0 in values for _, _, values, _ in self.sizes)
         if self.layers == "all":
             return every
-        tokens = [(name, values) for name, _, values, _ in self.sizes if "tokens" in registry[name].works_on]
-        others = [values for name, _, values, _ in self.sizes if "tokens" not in registry[name].works_on]
+        tokens = [(name, values) for name, _, values, _ in self.sizes if not _layered(name)]
+        others = [values for name, _, values, _ in self.sizes if _layered(name)]
         alone = prod(len(values) for _, values in tokens) - all(0 in values for _, values in tokens) if all(0 in values for values in others) else 0
         return (every - alone) * (2**depth - 1) + alone
 
     def valid(self, point: Point) -> bool:
-        """Whether something is on, and in some layer; virtual tokens alone, which no layer can be without, in all."""
+        """Whether something is on, and in some layer; prompts alone, which no layer can be without, in all."""
         on = [name for i, (name, _, values, _) in zip(point, self.sizes, strict=False) if values[i]]
         bits = point[len(self.parts) :]
         if self.layers == "all" or all(bits):
             return bool(on)
-        return any(bits) and any("tokens" not in registry[name].works_on for name in on)
+        return any(bits) and any(map(_layered, on))
 
     def method(self, point: Point) -> dict[str, Any]:
         """The method that a valid point stands for."""
@@ -88,7 +88,7 @@ class Space(BaseModel):
         parts = []
         for i, (name, size, values, fields) in zip(point, self.sizes, strict=False):
             if values[i]:
-                kept = {"layers": layers} if layers is not None and "tokens" not in registry[name].works_on else {}
+                kept = {"layers": layers} if layers is not None and _layered(name) else {}
                 parts.append({"method": name, size: values[i], **fields, **kept})
         return parts[0] if len(parts) == 1 else {"method": "combined", "parts": parts}
 
@@ -98,6 +98,11 @@ class Space(BaseModel):
         bits = point[len(self.parts) :]
         where = "" if self.layers == "all" or all(bits) else f" in {_runs([i for i, bit in enumerate(bits) if bit])}"
         return " + ".join(parts) + where
+
+
+def _layered(name: str) -> bool:
+    """Whether a method can be kept to some layers; a prompt is of the text, which all of them read."""
+    return "tokens" not in registry[name].works_on or registry[name].own_layers
 
 
 def _sized(name: str, sizes: Sequence[int] | dict) -> tuple[str, list[int], dict]:
