@@ -233,6 +233,18 @@ def test_each_method_at_the_best_of_some_rates(tmp_path, base, trained, monkeypa
     assert [row["method"]["lr"] for row in result["rows"]] == [2e-3]
 
 
+def test_of_rates_that_do_equally_well_the_one_of_the_lowest_loss(tmp_path, base, trained, monkeypatch):
+    plain = sys.modules["tunesmith.bench.compare"]._train
+
+    def train(fields, *rest):
+        failure, file = plain(fields, *rest), Path(fields["output"]) / "summary.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"eval": {"loss": abs(fields["lr"] - 2e-3)}}))
+        return failure
+
+    monkeypatch.setattr("tunesmith.bench.compare._train", train)
+    assert compare(["lora"], base, tmp_path / "out", rates=[5e-4, 2e-3, 8e-3])["rows"][0]["method"]["lr"] == 2e-3
+
+
 def test_runs_side_by_side_give_the_same_table(tmp_path, base, trained):
     told = []
     one = compare(["full", "lora", "bitfit", "ia3"], base, tmp_path / "one")

@@ -5,6 +5,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -121,17 +122,22 @@ def _briefly(title: str, event: dict, tell) -> None:
 
 
 def _at_best_rates(methods: list[str | dict], base: dict, rates: list[float | str], output: Path, seeds: list, overwrite: bool, tell, jobs: int) -> list[dict]:
-    """Each method with the one of `rates` that does best on the evaluation data (the first of several)."""
+    """Each method with the one of `rates` that does best on the evaluation data; of several, the one with the lowest loss there."""
     base = {key: value for key, value in base.items() if key != "test"}
     methods = [{"method": method} if isinstance(method, str) else method for method in methods]
     tried = [[method] if "lr" in method else [method | {"lr": rate} for rate in _scaled(rates, parse(method).default_lr)] for method in methods]
     trials = [method for each in tried if len(each) > 1 for method in each]
     rows = compare(trials, base, output / "rates", None if seeds == [None] else seeds, overwrite, tell, jobs=jobs) if trials else {"rows": []}
     scored = [row for row in rows["rows"] if row["value"] is not None]
-    best, chosen = max if rows.get("higher_is_better") else min, []
+    sign, chosen = 1 if rows.get("higher_is_better") else -1, []
+
+    def merit(row: dict) -> tuple[float, float]:
+        loss = row["runs"][0]["loss"]
+        return sign * row["value"], -math.inf if loss is None else -loss
+
     for each in tried:
         own = [row for row in scored if row["method"] in each]
-        chosen.append(best(own, key=lambda row: row["value"])["method"] if own else each[0])  # what failed does so again, and says why, where the table is
+        chosen.append(max(own, key=merit)["method"] if own else each[0])  # what failed does so again, and says why, where the table is
     return chosen
 
 
@@ -230,7 +236,7 @@ def _measures(run: dict) -> dict:
     summary, metric = run["summary"], run["summary"]["metric"]
     value = summary["test"][metric] if summary.get("test") else summary["best"]
     return {
-        "seed": run["seed"], "folder": run["folder"].name, "value": value,
+        "seed": run["seed"], "folder": run["folder"].name, "value": value, "loss": (summary.get("test") or summary.get("eval") or {}).get("loss"),
         **{key: summary["params"].get(key) for key in ("trainable", "total", "percent", "bytes")},
         "train_s": summary.get("train_s", summary["time_s"]),
         **{key: summary.get(key) for key in ("time_s", "peak_mb", "epochs", "steps")},
