@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, Qwen3Config, Qwen3ForCausalLM, RobertaConfig, RobertaModel
 
 import tunesmith as ts
 from tests import tiny
@@ -249,6 +249,13 @@ def test_where_a_prompt_stands_in_an_encoder(method, after):
         states = model.bert(**batch, token_type_ids=types, output_hidden_states=True)
         assert torch.equal(states.pooler_output, model.bert.pooler(states.last_hidden_state))
         assert {h.shape[1] for h in states.hidden_states} == {10}
+
+
+def test_positions_of_a_prompt_go_on_where_the_first_token_is():
+    """RoBERTa counts from 2."""
+    ids = torch.tensor([[0, 7, 8, 2]])
+    model = stirred(RobertaModel(RobertaConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32)).eval(), ALL["prompt"])
+    assert torch.equal(model(input_ids=ids)[0], model(input_ids=ids, position_ids=torch.tensor([[2, 3, 4, 5]]))[0])
 
 
 @pytest.mark.parametrize("method", [UPPER, *ENCODED.values()], ids=["upper prefix", *ENCODED])

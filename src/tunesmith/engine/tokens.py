@@ -85,8 +85,8 @@ def extend(call: dict, length: int, new: bool, after: int = 0) -> None:
         text = torch.arange(positions.shape[-1], device=positions.device)
         call["position_ids"] = positions = positions + length * (text >= after)
         if new:
-            own = torch.arange(after, after + length, device=positions.device).expand(*positions.shape[:-1], length)
-            call["position_ids"] = inserted(positions, own, after, -1)
+            own = torch.arange(length, device=positions.device) + (positions[..., after - 1 : after] + 1 if after else 0)
+            call["position_ids"] = inserted(positions, own.expand(*positions.shape[:-1], length), after, -1)
     types = call.get("token_type_ids")
     if types is not None and new:
         call["token_type_ids"] = inserted(types, types.new_zeros(len(types), length), after)
