@@ -140,6 +140,17 @@ def test_qwha_undoes_more_than_loftq_and_random_entries():
     assert errors["qwha"] < errors["loftq"] < errors["nothing"]
 
 
+def test_moments_of_a_large_model_are_gathered_in_parts(monkeypatch):
+    x, calls, found = torch.randn(50, 48), [], []
+    for at_once in (2**30, 2500):  # two layers with 48² and 64²
+        monkeypatch.setattr("tunesmith.engine.calls.AT_ONCE", at_once)
+        model, before = base("int2", keep=True), len(calls)
+        ts.adapt(model, {"method": "qwha", "rank": 4}, targets=["0", "2"], calibrate=lambda model: calls.append(model(x)))
+        found.append((len(calls) - before, ts.trainable(model)))
+    assert [n for n, _ in found] == [1, 2]
+    assert all(torch.equal(p, found[1][1][path]) for path, p in found[0][1].items())
+
+
 @pytest.mark.parametrize("n", [2, 8, 12, 20, 24, 28, 36, 40, 44, 48, 52, 60, 76, 96, 104, 108, 140, 148, 156, 172, 344, 576])
 def test_hadamard_matrices(n):
     H = hadamard.transform(torch.eye(n, dtype=torch.float64))

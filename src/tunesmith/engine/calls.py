@@ -10,6 +10,8 @@ from ..errors import TunesmithError
 from .model import by_method, guard_fast_path, hubs, record_of, set_trained, state_of
 from .sites import Site, backbone
 
+AT_ONCE = 2**30  # numbers in the moments that are gathered in one pass over the calibration data
+
 
 @contextmanager
 def mixed(model: nn.Module, rows: list[str | None]):
@@ -53,6 +55,18 @@ def auxiliary_loss(model: nn.Module) -> Tensor | None:
     terms = [config.auxiliary_loss(own) for name in names for config, own in by_method(model, name)]
     known = [term for term in terms if term is not None]
     return torch.stack([term.to(known[0].device) for term in known]).sum() if known else None
+
+
+def parts(sites: dict[str, Site], passes: int = 1) -> list[dict[str, Site]]:
+    """The sites in the model's order, in so many parts or as many as their moments need."""
+    found, size, most = [{}], 0, min(AT_ONCE, sum(site.in_features**2 for site in sites.values()) / passes)
+    for path, site in sites.items():
+        size += site.in_features**2
+        if found[-1] and size > most:
+            found.append({})
+            size = site.in_features**2
+        found[-1][path] = site
+    return found
 
 
 def score(model: nn.Module, sites: dict[str, Site], backward: Callable[[nn.Module], None], statistics: Sequence[str] = ("gradient",)) -> None:

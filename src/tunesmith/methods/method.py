@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from ..engine.adapter import Adapter, ValueAdapter
-from ..engine.calls import score
+from ..engine.calls import parts, score
 from ..engine.model import Record, attach, check_name, unwrap
 from ..engine.sites import Site, Targets, check_kind, find, float_dtype, matches, sites, within
 from ..errors import TunesmithError, invalid, nearest
@@ -101,6 +101,9 @@ class Method(BaseModel):
     def calibrated(self) -> tuple[str, ...]:
         """What the adapters are built from beside the weights: `gradient`, `squares` or `inputs`, at each site as `site.gradient` and so on."""
         return ()
+
+    def digest(self, site: Site) -> None:
+        """What can be made of a site's `moments` at once, so that those of a large model need not be there together."""
 
     own_layers: ClassVar[bool] = False  # whether `select` itself keeps to `layers`
     longest: ClassVar[int | None] = None  # tokens of the longest text it takes
@@ -212,7 +215,8 @@ def adapt(
     """Attach a method to a model, in place; the new adapter is the active one. Returns the model.
 
     `method`: a config (`LoRA(rank=8)`), a name (`"lora"`) or a mapping. `targets` overrides the config's.
-    `calibrate(model)` runs forward and backward on some batches, for methods that start from the base's gradients.
+    `calibrate(model)` runs forward and backward on some batches, for methods that start from the base's gradients; where they
+    start from the inputs' products and the model is large, it is called several times.
     Raises `TunesmithError` for an unknown method, a target that matches nothing or cannot be adapted.
     """
     config = parse(method)
@@ -233,9 +237,13 @@ def adapt(
     if scored:
         if calibrate is None and not all(configs[path].calibration_optional for path in scored):
             raise TunesmithError(f"{config.method} starts from the model's gradients here: pass adapt(..., calibrate=function), which runs forward and backward on some batches")
-        if calibrate:
-            score(model, scored, calibrate, {name for path in scored for name in configs[path].calibrated})
     try:
+        if scored and calibrate:
+            wanted = {name for path in scored for name in configs[path].calibrated}
+            for part in parts(scored) if wanted == {"moments"} else [scored]:
+                score(model, part, calibrate, wanted)
+                for path, site in part.items():
+                    configs[path].digest(site)
         alloted = {path: each for own in _groups(configs).values() for path, each in next(iter(own.values())).allot(model, own, by_path).items()}
         configs = {path: alloted[path] for path in configs if path in alloted}
         attach(model, name, Record(config, configs), build(config, model, configs, by_path))

@@ -28,15 +28,8 @@ class QWHALayer(WeightAdapter):
         self.size, self.shape, self.transform = config.length(site), site.shape, BASES[config.basis]
         self.scale = config.scale(site)
         self.limits = {"index": site.out_features * self.size}
-        error = None
-        if isinstance(site.parameter, PackedWeight) and site.parameter.original is not None:
-            W = site.parameter
-            error = W.original.double() - W.dequantize().double()
         k = config.count(site)
-        if error is None or not error.any():
-            index, c = drawn(site, config.random_loc_seed, site.out_features * self.size, k), torch.zeros(k)
-        else:
-            index, c = start(error, None if site.moments is None else damped(site.moments.double()), k, config.alpha, config.basis)
+        index, c = site.seen.get("start") or config.start(site) or (drawn(site, config.random_loc_seed, site.out_features * self.size, k), torch.zeros(k))
         self.register_buffer("index", index.to(site.parameter.device, torch.int32 if self.limits["index"] < 2**31 else torch.int64))
         self.c = empty(k, like=site.parameter)
         if not self.c.is_meta:
@@ -148,6 +141,17 @@ class QWHA(Method):
 
     def scale(self, site: Site) -> float:
         return 4000 / 4096**1.5 if self.scaling is None else self.scaling / (site.in_features * site.out_features**0.5)
+
+    def start(self, site: Site) -> tuple[Tensor, Tensor] | None:
+        """Positions and coefficients that undo what quantisation did, None where it did nothing or the original is not there."""
+        W = site.parameter
+        if not isinstance(W, PackedWeight) or W.original is None:
+            return None
+        error = W.original.double() - W.dequantize().double()
+        return start(error, None if site.moments is None else damped(site.moments.double()), self.count(site), self.alpha, self.basis) if error.any() else None
+
+    def digest(self, site):
+        site.seen = {"start": self.start(site)}
 
     def layer(self, site):
         return QWHALayer(self, site)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.calls import score
+from ..engine.calls import parts, score
 from ..engine.sites import Site, Targets, find, sites
 from ..engine.store import read_parts, write_parts
 from ..errors import TunesmithError
@@ -17,7 +17,6 @@ from .formats import Format, parse
 from .packed import PackedWeight
 
 CARD, WEIGHTS = "quantized.json", "quantized.safetensors"
-AT_ONCE = 2**30  # numbers in the moments that are gathered in one pass over the calibration data
 PASSES = 8  # over the calibration data, at least: layers are rounded for what those before them, rounded already, give them
 
 
@@ -49,7 +48,7 @@ def quantize(
         if isinstance(site.parameter, PackedWeight):
             raise TunesmithError(f"{path!r} is in {site.parameter.format.format} already; quantise the original model")
     done: dict[int, nn.Parameter] = {}  # layers that share a weight go on sharing it
-    for part in _parts(chosen) if calibrate else [chosen]:
+    for part in parts(chosen, PASSES) if calibrate else [chosen]:
         if calibrate:
             score(model, part, calibrate, ("moments",))
         for path, site in part.items():
@@ -65,18 +64,6 @@ def _told_ddp(model: nn.Module) -> nn.Module:
     """DistributedDataParallel is not to send packed weights around, which every process has read alike."""
     model._ddp_params_and_buffers_to_ignore = list(packed_weights(model))
     return model
-
-
-def _parts(chosen: dict[str, Site]) -> list[dict[str, Site]]:
-    """The sites in the model's order, in PASSES parts or as many as their moments need."""
-    parts, size, most = [{}], 0, min(AT_ONCE, sum(site.in_features**2 for site in chosen.values()) / PASSES)
-    for path, site in chosen.items():
-        size += site.in_features**2
-        if parts[-1] and size > most:
-            parts.append({})
-            size = site.in_features**2
-        parts[-1][path] = site
-    return parts
 
 
 @torch.no_grad()
