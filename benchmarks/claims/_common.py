@@ -21,22 +21,29 @@ LIMITS = "a 22M encoder in bfloat16 on ten examples of each of 77 intents, six e
 MEASURED, BOARDS = Path("benchmarks/results/few-shot.json"), [Path(f"docs/leaderboard/{name}.json") for name in ("few-shot", "quantised")]
 
 
-def few_shot(sides: dict[str, dict], quantize: str | None = None, runs: bool = False) -> dict[str, dict]:
-    """{"method" with the best of RATES, "values" of the seeds, "runs"} for each method, on a base in a number format.
+def few_shot(sides: dict[str, dict], quantize: str | None = None, runs: bool = False, selection: str | None = None) -> dict[str, dict]:
+    """{"method" with the best of RATES, "values" of the seeds, "runs"} for each method, on a base in a number format, with a selection of layers.
 
     What MEASURED or BOARDS (of docs/leaderboard, measured alike) hold is not measured again, unless the `runs` themselves are wanted;
     those that FOLDER holds are not done again.
     """
-    base, folder = (BASE | {"quantize": quantize}, FOLDER.with_name(f"few-shot-{quantize}")) if quantize else (BASE, FOLDER)
+    given = {key: value for key, value in (("quantize", quantize), ("selection", selection)) if value}
     listed = [row for board in BOARDS if board.exists() for row in json.loads(board.read_text())["rows"]]
-    known = [row for row in kept(MEASURED) + listed if row.get("quantize") == quantize]
+
+    def alike(row):
+        return row.get("quantize") == quantize and row.get("selection") == selection
+
+    known = list(filter(alike, kept(MEASURED) + listed))
     found = {} if runs else {name: next((row for row in known if plain(row) == side), None) for name, side in sides.items()}
     if missing := {name: side for name, side in sides.items() if not found.get(name)}:
-        result = compare(list(missing.values()), base, folder, SEEDS, rates=RATES, jobs=2, trial=TRIAL)
+        result = compare(list(missing.values()), BASE | given, FOLDER.with_name("-".join([FOLDER.name, *given.values()])), SEEDS, rates=RATES, jobs=2, trial=TRIAL)
         if result["failures"]:
             raise SystemExit(result["failures"][0]["reason"])
-        new = {name: {"quantize": quantize, "method": row["method"], "values": [run["value"] for run in row["runs"]]} for name, row in zip(missing, result["rows"], strict=True)}
-        atomic_write(MEASURED, json.dumps([row for row in kept(MEASURED) if plain(row) not in map(plain, new.values()) or row["quantize"] != quantize] + list(new.values()), indent=1) + "\n")
+        new = {
+            name: {"quantize": quantize, **given, "method": row["method"], "values": [run["value"] for run in row["runs"]]}
+            for name, row in zip(missing, result["rows"], strict=True)
+        }
+        atomic_write(MEASURED, json.dumps([row for row in kept(MEASURED) if plain(row) not in map(plain, new.values()) or not alike(row)] + list(new.values()), indent=1) + "\n")
         found |= {name: new[name] | {"runs": row["runs"]} for name, row in zip(missing, result["rows"], strict=True)}
     return {name: found[name] for name in sides}
 
