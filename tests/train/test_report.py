@@ -273,6 +273,7 @@ def test_a_front_lies_over_the_other_points_which_have_their_names_on_hover_alon
         (render.duration, 61, "1 min 01 s"), (render.percent, 0.0004, "0.0004 %"), (render.percent, 12.3, "12.30 %"),
         (render.model_name, "/home/a/model", "model"), (render.model_name, "org/model", "org/model"),
         (render.method_label, {"method": "lora", "rank": 8, "targets": None}, "lora (rank 8)"), (render.method_label, "dora", "dora"),
+        (render.method_label, {"method": "combined", "parts": [{"method": "lora", "rank": 8}, "ssf"], "lr": 0.001}, "lora (rank 8) + ssf (lr 0.001)"),
     ],
 )  # fmt: skip
 def test_numbers_as_people_read_them(write, value, text):

@@ -47,11 +47,12 @@ def duration(seconds: float) -> str:
 
 
 def method_label(method: str | dict) -> str:
-    """`lora (rank 8, alpha 16)` for a method as a recipe writes it."""
+    """`lora (rank 8, alpha 16)` for a method as a recipe writes it, `lora (rank 8) + ssf` for parts of one."""
     if isinstance(method, str):
         return method
-    fields = [f"{key} {_plain(value)}" for key, value in method.items() if key != "method" and value is not None]
-    return str(method.get("method", "?")) + (f" ({', '.join(fields)})" if fields else "")
+    fields = [f"{key} {_plain(value)}" for key, value in method.items() if key not in ("method", "parts") and value is not None]
+    name = " + ".join(map(method_label, method.get("parts") or ())) or str(method.get("method", "?"))
+    return name + (f" ({', '.join(fields)})" if fields else "")
 
 
 def model_name(model: str) -> str:
