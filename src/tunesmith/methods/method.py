@@ -270,18 +270,16 @@ def selected(config: Method, model: nn.Module) -> dict[str, tuple[Site, dict]]:
     if outside := [path for path in found if path not in places]:
         raise TunesmithError(f"{config.method} acts on the whole of {outside[0] or type(model).__name__!r} and cannot be kept to some layers; leave layers out")
     depth = max((depth for path, (_, _, depth) in places.items() if path in found), default=0)
-    check_layers(config, model, depth)
     kept = {path: each for path, each in found.items() if {places[path][1], places[path][1] - places[path][2]} & set(config.layers)}
-    if not kept:
-        raise TunesmithError(f"layers={config.layers} leave {config.method} nothing to act on; name one layer at least")
+    check_layers(config, model, depth, kept)
     return kept
 
 
-def check_layers(config: Method, model: nn.Module, depth: int) -> None:
-    """Raises `TunesmithError` where a config's `layers` are not of a model with so many, or none."""
+def check_layers(config: Method, model: nn.Module, depth: int, kept) -> None:
+    """Raises `TunesmithError` where a config's `layers` are not of a model with so many, or `kept`, what is in them, is nothing."""
     if unknown := [number for number in config.layers if not -depth <= number < depth]:
         raise TunesmithError(f"layers={config.layers}: {type(model).__name__} has {depth} layers, 0 to {depth - 1}, and no layer {unknown[0]}")
-    if not config.layers:
+    if not kept:
         raise TunesmithError(f"layers={config.layers} leave {config.method} nothing to act on; name one layer at least")
 
 

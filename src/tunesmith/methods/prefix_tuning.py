@@ -171,7 +171,7 @@ class PrefixTuning(Method):
         readers = [m for m in inner.modules() if hasattr(m, "layer_idx") and "attention" in type(m).__name__.lower() and cache_name(m.forward)]
         if self.layers is not None:
             depth = len(cache_shapes(model))
-            check_layers(self, model, depth)
+            check_layers(self, model, depth, self.layers)
             if "sliding_attention" in (getattr(model.config, "layer_types", None) or ()):
                 raise TunesmithError(f"prefix-tuning in some layers alone does not work with sliding windows, which {type(model).__name__} has; leave layers out")
             if without := set(range(depth)) - {m.layer_idx for m in readers}:
