@@ -9,7 +9,7 @@ from torch import nn
 
 from .engine.sites import Site, sites
 from .engine.store import CARD as ADAPTER
-from .engine.store import pruned_units, read_json, read_parts, write_parts
+from .engine.store import pruned_blocks, pruned_units, read_json, read_parts, write_parts
 from .errors import TunesmithError, nearest
 from .methods.select import HEADS, Coupled, coupled
 
@@ -59,6 +59,7 @@ def prune(model: nn.Module, keep: Units | str | Path) -> nn.Module:
             for name in COUNTS[c.kind]:
                 if isinstance(size := module.__dict__.get(name), int):
                     setattr(module, name, size * len(units) // c.units)
+    model._tunesmith_blocks = pruned_blocks(model) | {path: (blocks[path].kind, [s.path for s in blocks[path].inner]) for path in keep}
     model._tunesmith_pruned = remaining
     return model
 

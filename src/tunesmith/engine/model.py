@@ -152,6 +152,13 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {path: p for path, p in found.items() if ".tunesmith." in f".{path}"}
 
 
+def virtual_tokens(model: nn.Module) -> int:
+    """Positions that the adapters in use take before a text's."""
+    state = unwrap(model).__dict__.get("_tunesmith")
+    used = () if state is None or not state.enabled else state.active if state.rows is None else filter(None, state.rows)
+    return max((state.records[name].config.front for name in used), default=0)
+
+
 def activate(model: nn.Module, names: str | Iterable[str] | Mapping[str, float]) -> None:
     """Choose the adapters in use: a name, several (applied in that order), names with weights, or `[]` for none.
 

@@ -69,6 +69,11 @@ def pruned_units(model: nn.Module) -> dict[str, list[int]]:
     return dict(unwrap(model).__dict__.get("_tunesmith_pruned", {}))
 
 
+def pruned_blocks(model: nn.Module) -> dict[str, tuple[str, list[str]]]:
+    """(heads or channels, the paths of the layers that make them) of a pruned model's blocks, by the path of the layer that reads them."""
+    return dict(unwrap(model).__dict__.get("_tunesmith_blocks", {}))
+
+
 def save(model: nn.Module, folder: str | Path, name: str, version: str) -> None:
     """Write one adapter as a folder that appears whole or not at all."""
     record = record_of(model, name)

@@ -20,6 +20,8 @@ def token_site(module: nn.Module, model: nn.Module) -> Site:
 def token_backbone(model: nn.Module, method: str) -> nn.Module:
     """Raises `TunesmithError` for a model that does not read token ids."""
     inner = backbone(model)
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        inner = getattr(inner, "decoder", inner)  # OPT's heads call it past the module around it
     if "input_ids" not in inspect.signature(inner.forward).parameters or not hasattr(inner, "get_input_embeddings"):
         raise TunesmithError(f"{method} acts on the input tokens of a Hugging Face language model; {type(model).__name__} takes none")
     return inner

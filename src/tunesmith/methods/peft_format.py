@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..engine.model import Record, adapters, attach, check_name, record_of, unwrap
 from ..engine.sites import Site, matches, sites
-from ..engine.store import fill, read_json, read_tensors, tensors, tensors_of, write
+from ..engine.store import fill, pruned_units, read_json, read_tensors, tensors, tensors_of, write
 from ..engine.tokens import token_site
 from ..errors import TunesmithError
 from .method import Method, build, override, registry, values_of
@@ -30,6 +30,8 @@ TASKS = {
 def save_peft(model: nn.Module, folder: str | Path, name: str) -> None:
     """Write one adapter as peft does. Raises `TunesmithError` for a method or site that the format has no words for."""
     root, record = unwrap(model), record_of(model, name)
+    if pruned_units(root):
+        raise TunesmithError("the peft format knows no pruned models; save this adapter with format='tunesmith', or merge it")
     kinds = {type(config) for config in record.sites.values()}
     if len(kinds) > 1 or record.config.peft_type is None:
         names = ", ".join(sorted({c.method for c in record.sites.values()}))

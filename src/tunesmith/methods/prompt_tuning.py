@@ -24,7 +24,7 @@ class PromptLayer(TokenAdapter):
         self.length, self.after, self.keep = config.tokens, config.after, keep  # keep: its outputs keep the virtual positions
         self.prompt = empty(config.tokens, words.shape[1], like=words)
         with torch.no_grad():
-            self.prompt.copy_(config.start(words))
+            self.prompt.copy_(config.start(embeddings))
 
     def vectors(self) -> torch.Tensor:
         """What is put beside the text, (m, d)."""
@@ -82,8 +82,9 @@ class SoftPrompt(Method):
     def front(self):
         return self.tokens
 
-    def start(self, words: torch.Tensor) -> torch.Tensor:
-        """What the prompt is before it trains, (m, d), by the word embeddings (vocabulary, d)."""
+    def start(self, embeddings: nn.Module) -> torch.Tensor:
+        """What the prompt is before it trains, (m, d)."""
+        words = embeddings.weight
         return torch.randn(self.tokens, words.shape[1], device=words.device, dtype=float_dtype(words))
 
     def size(self, width: int) -> int:
@@ -162,13 +163,14 @@ class PromptTuning(SoftPrompt):
         ids = token_ids(self.init_text, model)  # kept with the adapter, which can then be loaded without a tokenizer
         return {path: (site, more | {"init_text": ids}) for path, (site, more) in found.items()}
 
-    def start(self, words):
+    def start(self, embeddings):
         if self.init == "random":
-            return super().start(words)
+            return super().start(embeddings)
+        words = embeddings.weight
         ids = self.init_text or torch.randint(len(words), (self.tokens,)).tolist()
         if wrong := [i for i in ids if not 0 <= i < len(words)]:
             raise TunesmithError(f"{self.method}: init_text has the token id {wrong[0]}; the model's are 0 to {len(words) - 1}")
-        return words[[ids[i % len(ids)] for i in range(self.tokens)]]
+        return embeddings(torch.tensor([ids[i % len(ids)] for i in range(self.tokens)], device=words.device))  # not its weight, which some models scale
 
     peft_type = "PROMPT_TUNING"
 

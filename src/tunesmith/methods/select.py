@@ -1,13 +1,13 @@
 """The parts of a transformer that papers name, found by shape and by the field's usual names."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..engine.sites import Site, head_paths, sites, width, within
-from ..engine.store import pruned_units
+from ..engine.store import pruned_blocks, pruned_units
 
 KEYS_AND_VALUES = {"k_proj", "v_proj", "key", "value", "k", "v", "k_lin", "v_lin", "c_attn", "query_key_value", "qkv_proj", "qkv", "Wqkv", "key_proj", "value_proj"}
 QUERY_KEY_VALUE = (
@@ -19,11 +19,14 @@ HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 
 def mlp_outputs(model: nn.Module) -> list[Site]:
     """The linear layer that ends each feed-forward block: more inputs than outputs, outputs as wide as the residual."""
-    hidden, heads, pruned = width(model), head_paths(model), pruned_units(model)
-    return [
-        s for s in sites(model)
-        if s.kind == "linear" and s.out_features == hidden and (s.in_features > hidden or s.path in pruned) and s.path not in heads and "att" not in s.path.rsplit(".", 2)[-2:][0].lower()
-    ]
+    hidden, heads, pruned = width(model), head_paths(model), pruned_blocks(model)
+
+    def ends(s: Site) -> bool:
+        if s.path in pruned:
+            return pruned[s.path][0] == "channels"
+        return s.kind == "linear" and s.in_features > hidden == s.out_features and s.path not in heads and "att" not in s.path.rsplit(".", 2)[-2:][0].lower()
+
+    return list(filter(ends, sites(model)))
 
 
 def keys_and_values(model: nn.Module) -> list[Site]:
@@ -63,12 +66,16 @@ class Coupled:
 
 
 def coupled(model: nn.Module) -> list[Coupled]:
-    """The attentions and feed-forward blocks of a model."""
-    known, pruned = sites(model), pruned_units(model)
-    found = _attentions(model, known)
-    taken = {s.path for c in found for s in (c.outer, *c.inner)}
-    found += _feed_forwards([s for s in mlp_outputs(model) if s.path not in taken], [s for s in known if s.path not in taken])
-    return [replace(c, free=True) if c.outer.path in pruned else c for c in found]  # as it was before, whatever sizes coincide now
+    """The attentions and feed-forward blocks of a model; those that have lost units are what they were before, whatever sizes coincide now."""
+    by_path, units = {s.path: s for s in sites(model)}, pruned_units(model)
+    found = [Coupled(kind, by_path[path], tuple(by_path[p] for p in inner), len(units[path]), True) for path, (kind, inner) in pruned_blocks(model).items()]
+
+    def others(listed: list[Site]) -> list[Site]:
+        taken = {s.path for c in found for s in (c.outer, *c.inner)}
+        return [s for s in listed if s.path not in taken]
+
+    found += _attentions(model, others(list(by_path.values())))
+    return found + _feed_forwards(others(mlp_outputs(model)), others(list(by_path.values())))
 
 
 def _around(path: str) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """Visual prompt tuning: learned tokens between the class token and the patches."""
 
+import re
 from math import sqrt
 from typing import Literal
 
@@ -76,8 +77,10 @@ class VPT(Method):
         check_patches(model, self.method)
         inner = backbone(model)
         modules = [inner, *(inner.get_submodule(path) for path in blocks(inner))]
-        if len(modules) < 2 or any(isinstance(m, nn.Sequential) for m in modules):
+        if len(modules) < 2 or any(isinstance(m, nn.Sequential) for m in modules) or patch_embedding(inner) is None:
             raise TunesmithError(f"{self.method} needs a vision transformer with its blocks in a list; {type(inner).__name__} has none")
+        if fixed := next((path for path, _ in inner.named_parameters() if re.search("relative_position|mid_position", path)), None):
+            raise TunesmithError(f"{self.method} adds tokens to each block, and those of {type(inner).__name__} know the place of every token ({fixed}); another method for vision works, such as convpass or lora")
         return {site.path: (site, {}) for site in (token_site(m, model) for m in modules)}
 
     def build(self, model, configs, by_path):

@@ -1,6 +1,7 @@
 """Greedy or beam-search text from prompts, the same for a prompt alone and in any batch."""
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -63,12 +64,13 @@ def _stopping(tokenizer, stop: Sequence[str], width: int):
 
 def generate(model, tokenizer, prompts: Sequence[str | list[int]], max_new_tokens: int = 128, batch_size: int = 8,
              stop: Sequence[str] | None = None, progress: Callable[[int, int], None] | None = None,
-             num_beams: int = 1) -> list[str]:
+             num_beams: int = 1, virtual: int = 0) -> list[str]:
     """The continuation of each prompt, in the order given, ended at EOS, at a `stop` string (left out) or by length.
 
     `prompts` are texts or token ids. Prompts of similar length share a batch, padded on the left, with positions that
     start at each prompt's first token. `progress(done, total)` is called after every batch. Sampling settings of the
-    model are ignored: the answer is the greedy one (or the best of `num_beams`). Training flags are restored.
+    model are ignored: the answer is the greedy one (or the best of `num_beams`). Training flags are restored. `virtual`:
+    tokens that an adapter puts before each prompt.
     """
     from transformers import GenerationConfig
 
@@ -77,7 +79,7 @@ def generate(model, tokenizer, prompts: Sequence[str | list[int]], max_new_token
     ends = _end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0] if ends else 0
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else pad
-    positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    positions = (getattr(model.config, "max_position_embeddings", None) or sys.maxsize) - virtual
     max_new_tokens = min(max_new_tokens, positions - 1)
     # a prompt that is too long keeps its end; an empty one still needs a token to start from
     encoded = [ids[max_new_tokens - positions:] or [start] for ids in encoded]
@@ -87,10 +89,17 @@ def generate(model, tokenizer, prompts: Sequence[str | list[int]], max_new_token
     device = next(model.parameters()).device
     results = [""] * len(encoded)
     order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]), i))  # longest first: memory runs out early
+    window = getattr(model.config, "sliding_window", None) or getattr(model.config, "window_size", None) or sys.maxsize
+    if virtual and max(map(len, encoded), default=0) + virtual + max_new_tokens > window:
+        # padding would push the virtual tokens out of the window: no row gets any
+        alike = [list(rows) for _, rows in itertools.groupby(order, key=lambda i: len(encoded[i]))]
+    else:
+        alike = [order]
+    batches = [rows[first:first + batch_size] for rows in alike for first in range(0, len(rows), batch_size)]
+    done = 0
 
     with evaluating(model), quiet():  # transformers warns about the sampling settings that are ignored
-        for first in range(0, len(order), batch_size):
-            batch = order[first:first + batch_size]
+        for batch in batches:
             width = max(len(encoded[i]) for i in batch)
             ids = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i in batch], device=device)
             mask = torch.tensor([[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in batch], device=device)
@@ -100,6 +109,7 @@ def generate(model, tokenizer, prompts: Sequence[str | list[int]], max_new_token
             for i, row in zip(batch, output[:, width:].tolist(), strict=True):
                 length = next((n for n, token in enumerate(row) if token in ends), len(row))
                 results[i] = _cut(tokenizer.decode(row[:length], skip_special_tokens=True), stop)
+            done += len(batch)
             if progress:
-                progress(min(first + batch_size, len(order)), len(order))
+                progress(done, len(order))
     return results

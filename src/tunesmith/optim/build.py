@@ -27,7 +27,7 @@ def build(
     Vectors (norms, biases, magnitudes) get no weight decay. Raises `TunesmithError` for an unknown name or option, or one out of
     its range, and where GaLore finds nothing to project.
     """
-    kind, own = _parse(name)
+    kind, own = parse(name)
     options |= own
     galore, rank = issubclass(kind, GaLore), options.pop("rank", RANK)
     if not isinstance(rank, int) or rank < 1:
@@ -55,12 +55,15 @@ def build(
     if galore and not any("rank" in group for group in groups):
         raise TunesmithError(f"optimizer: nothing that trains is a matrix with both sides above rank={rank}, which GaLore projects; give a smaller rank, or use adamw")
     kinds = {p.device.type for group in groups for p in group["params"]}
-    if not galore and kinds <= {"cpu", "cuda"} and "fused" not in options:
+    if not galore and kinds <= {"cpu", "cuda"} and not options.keys() & {"fused", "foreach", "differentiable"}:
         options["fused"] = True  # one pass over each tensor instead of seven
-    return kind(groups, lr=lr, weight_decay=weight_decay, **options)
+    try:
+        return kind(groups, lr=lr, weight_decay=weight_decay, **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TunesmithError(f"optimizer {kind.__name__} refuses its options: {error}") from None
 
 
-def _parse(name: str | dict[str, Any]) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+def parse(name: str | dict[str, Any]) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """The class and the options of an optimiser that a recipe names."""
     own = {"optimizer": name} if isinstance(name, str) else dict(name)
     name = own.pop("optimizer", None)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -125,7 +126,8 @@ class Estimate:
         self.config, self.model, self.total, self.done = config, unwrap(model), total_steps, 0
         self.name = next(name for name in state_of(model).active if name != MASKS)
         self.record = record_of(model, self.name)
-        self.own = {path: a for path, a in adapters(model, self.name).items() if path in self.record.sites and a.dims}
+        ranked = {path for path, config in self.record.sites.items() if type(config).resized is not Method.resized}
+        self.own = {path: a for path, a in adapters(model, self.name).items() if path in ranked and a.dims}
         self.sums, self.counts = {path: torch.zeros(()) for path in self.own}, dict.fromkeys(self.own, 0)
         self.scores: dict[str, Tensor] = {}
         self.mask: Tensor | None = None
@@ -152,7 +154,7 @@ class Estimate:
         if self.done >= self.total // 2:
             for path, adapter in self.own.items():
                 found = rank_scores(adapter).nan_to_num(0, 0, 0)
-                self.scores[path] = self.scores[path] + found if path in self.scores else found
+                self.scores[path] = self.scores[path].to(found.device) + found if path in self.scores else found
 
     def step(self) -> None:
         self.done += 1
@@ -161,22 +163,32 @@ class Estimate:
         blocks = prunable(self.model)
         masks = {path: a.m.detach().cpu() for path, a in adapters(self.model, MASKS).items()}
         heads = {path for path, c in blocks.items() if c.kind == "heads"}
-        ratio = {path: (self.sums[path] / max(self.counts[path], 1)).cpu() for path in self.own}
-        return plan(self.config, masks, heads, ratio, {path: t.cpu() for path, t in self.scores.items()})
+        return plan(self.config, masks, heads, self.ratio(), {path: t.cpu() for path, t in self.scores.items()})
+
+    def ratio(self) -> dict[str, Tensor]:
+        """Of each scored adapter, over the batches of all processes."""
+        device = next(self.model.parameters()).device
+        found = {path: torch.stack([self.sums[path].to(device), torch.tensor(float(self.counts[path]), device=device)]) for path in self.own}
+        if dist.is_available() and dist.is_initialized():
+            for pair in found.values():
+                dist.all_reduce(pair)
+        return {path: (total / count.clamp(min=1)).cpu() for path, (total, count) in found.items()}
 
     def finish(self, folder: Path) -> None:
         """Write what is kept, and what the adapters that are left begin with, into `folder`/pruned."""
-        chosen, blocks = self.plan(), prunable(self.model)
+        chosen, blocks, ratio = self.plan(), prunable(self.model), self.ratio()
         tensors, configs = {}, {}
         for path, adapter in adapters(self.model, self.name).items():
-            if path in self.record.sites and path not in chosen.ranks:  # cut out, or of a method that starts again
+            if path in self.record.sites and path not in chosen.ranks:  # cut out, or without ranks: it starts again
                 continue
             if path in self.own:
                 configs[path] = self.record.sites[path].resized(len(chosen.ranks[path])).dump()
             parts = cut(adapter, path, chosen, blocks) if path in self.own else store.tensors(adapter)
             tensors |= {f"{path}.{key}": t for key, t in parts.items()}
+        if configs:
+            configs |= {path: config.dump() for path, config in self.record.sites.items() if path not in self.own}
         about = {"format": 1, "units": whole(self.model, chosen.units), "ranks": chosen.ranks, "sites": configs}
-        about["ratio"] = {path: float(self.sums[path]) / max(self.counts[path], 1) for path in self.own}
+        about["ratio"] = {path: float(value) for path, value in ratio.items()}
         data = save_tensors({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, metadata={"format": "pt"})
         store.write(folder / "pruned", {WEIGHTS: data, CARD: json.dumps(about) + "\n"})
 

@@ -23,11 +23,20 @@ def names(space: Space, depth: int) -> list[str]:
     return [*space.parts, *(f"layer{i}" for i in range(depth if space.layers == "any" else 0))]
 
 
+def clipped(values: np.ndarray) -> np.ndarray:
+    """`values` (n, 2) brought to within three times the distance of their column's quartiles from these, where that is not 0."""
+    first, third = np.quantile(values, [0.25, 0.75], axis=0)
+    most = np.where(third > first, 3 * (third - first), np.inf)
+    return np.clip(values, first - most, third + most)
+
+
 class HypervolumeSampler(BaseSampler):
     """Random valid points first, then the maximiser of log noisy expected hypervolume improvement (Daulton et al. 2021, Ament et al. 2023).
 
-    Both objectives are modelled by Gaussian processes over the unit cube of coordinates; a point that was tried, or that another
-    worker is trying, is not proposed again. `startup`: random trials before the first guided one; infinite for random search.
+    Both objectives are modelled by Gaussian processes over the unit cube of coordinates; values far from the others, as of a trial
+    that diverged, are clipped. (The authors take normal quantiles of ranks, and a reference point at the front's worst values; on
+    a made-up objective of the default space either finds a smaller front.) A point that was tried, or that another worker is
+    trying, is not proposed again. `startup`: random trials before the first guided one; infinite for random search.
     """
 
     def __init__(self, space: Space, depth: int, startup: float, seed: int = 0):
@@ -87,7 +96,7 @@ class HypervolumeSampler(BaseSampler):
         from botorch.sampling import SobolQMCNormalSampler
         from gpytorch.mlls import SumMarginalLogLikelihood
 
-        X, Y = self.unit(points), torch.tensor(values, dtype=torch.float64)
+        X, Y = self.unit(points), torch.tensor(clipped(values), dtype=torch.float64)
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
             torch.manual_seed(draw.randrange(2**31))

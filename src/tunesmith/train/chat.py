@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from .. import models
+from ..engine.model import virtual_tokens
 from ..errors import TunesmithError
 from . import base
 from .folder import is_run, open_run, pick_device
@@ -27,6 +28,7 @@ def chat(target: str, system: str | None = None, max_new_tokens: int = 256, line
     ends = {tokenizer.eos_token_id, *_ids(model.generation_config.eos_token_id)} - {None}
     config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(ends) or None, pad_token_id=tokenizer.pad_token_id)
     room = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    room -= virtual_tokens(model)
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     for line in lines if lines is not None else _typed():

@@ -13,6 +13,7 @@ from ..data.columns import as_text, task_ids
 from ..data.extract import same_answer
 from ..data.metrics import accuracy, json_scores, macro_f1
 from ..data.tasks.prompts import prompt
+from ..engine.model import virtual_tokens
 from ..errors import TunesmithError
 from ..models import encode_prompt, evaluating, generate
 from .taskdata import in_tasks, with_tasks
@@ -143,6 +144,7 @@ def _written(model, tokenizer, prompts: list[str], max_new_tokens, batch_size, m
 
 def generate_in_tasks(model, tokenizer, prompts: Sequence[str | list[int]], ids: list[int] | None, *options, **more) -> list[str]:
     """`models.generate`, the prompts of each task together."""
+    more["virtual"] = virtual_tokens(model)
     if ids is None:
         return generate(model, tokenizer, prompts, *options, **more)
     written = [""] * len(prompts)

@@ -49,14 +49,17 @@ def start(folder: Path, recipe: Recipe, data: dict[str, Any], overwrite: bool) -
     """Write what is known before the first step. Raises `TunesmithError` when a resumed run's data has changed."""
     if overwrite and folder.exists():
         shutil.rmtree(folder)
-    if (folder / "data.json").exists():
-        before = json.loads((folder / "data.json").read_text())
-        if before["fingerprint"] != data["fingerprint"]:
-            raise TunesmithError(f"the run in {folder} cannot go on: the data in {data['source']} has changed since it began")
+    check_data(folder, data["source"], data["fingerprint"])
     tidy(folder)
     atomic_write(folder / "recipe.yaml", recipes.dump(recipe))
     write_json(folder / "versions.json", versions())
     write_json(folder / "data.json", data)
+
+
+def check_data(folder: Path, source: str, fingerprint: Any) -> None:
+    """Raises `TunesmithError` where a run began with other data."""
+    if (folder / "data.json").exists() and json.loads((folder / "data.json").read_text())["fingerprint"] != fingerprint:
+        raise TunesmithError(f"the run in {folder} cannot go on: the data in {source} have changed since it began; use --overwrite or output=NAME")
 
 
 def tidy(folder: Path) -> None:

@@ -126,6 +126,7 @@ def _run(recipe, progress, resume, overwrite, locks):
     if world > 1:
         dist.barrier()  # everyone has looked before the first one writes
     if resume and (folder / "summary.json").exists():
+        run_folder.check_data(folder, recipe.data, data.fingerprint(rows))
         tell({"event": "note", "text": f"the run in {folder} is finished already"})
         run_folder.tidy(folder)
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # a kill came before it was removed
@@ -317,6 +318,7 @@ def _run(recipe, progress, resume, overwrite, locks):
             saved_at = time.monotonic()
 
     # The kept adapter once over the test data, and the run in one file.
+    stages.finish(folder)
     if rank:
         return RunResult(folder, {}, {})
     if test is not None:
@@ -339,7 +341,6 @@ def _run(recipe, progress, resume, overwrite, locks):
         "steps": state.step, "epochs": state.step / per_epoch, "stopped_early": state.stopped,
     }  # fmt: skip
     log.close()
-    stages.finish(folder)
     run_folder.write_json(folder / "summary.json", summary)
     shutil.rmtree(folder / "checkpoint")
     report.write(folder)

@@ -177,10 +177,11 @@ def check(values: dict, where: Where | None = None) -> Recipe:
             seen.setdefault(tuple(each["loc"])[:1], _sentence(each, where))
         raise TunesmithError("; ".join(seen.values())) from error
     from .. import methods
+    from ..optim.build import parse as optimizer
     from ..quantize import formats
-    from ..schedule import ist
+    from ..schedule import ist, light_peft
 
-    for key, parse in (("quantize", formats.parse), ("selection", ist.parse)):
+    for key, parse in (("quantize", formats.parse), ("selection", ist.parse), ("prune", light_peft.parse_prune), ("optimizer", optimizer)):
         try:
             if (value := getattr(recipe, key)) is not None:
                 parse(value)
