@@ -8,12 +8,24 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, Qwen3Config, Qwen3ForCausalLM, RobertaConfig, RobertaModel
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    BloomConfig,
+    Gemma2Config,
+    MistralConfig,
+    OPTConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    RobertaConfig,
+    RobertaModel,
+)
 
 import tunesmith as ts
 from tests import tiny
 from tunesmith import optim
-from tunesmith.engine.model import adapters
+from tunesmith.engine.model import adapters, virtual_tokens
 from tunesmith.engine.store import checksum
 from tunesmith.models import generate
 from tunesmith.train import recipe as recipes
@@ -28,6 +40,9 @@ ENCODED = {"mlp": {"method": "p-tuning", "tokens": 3}, "lstm": LSTM, "prefix": P
 UPPER = {"method": "prefix-tuning", "tokens": 3, "layers": [1]}
 ALL = {"prompt": {"method": "prompt-tuning", "tokens": 3}, "dept": DEPT, "upper prefix": UPPER, **ENCODED}
 each = pytest.mark.parametrize("method", ALL.values(), ids=ALL)
+
+
+SIZES = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0, "max_position_embeddings": 64}
 
 
 def stirred(model, method, seed=0):
@@ -225,6 +240,56 @@ def test_padding_on_the_right_has_no_influence(method):
     batch["input_ids"][0, -2:] = 99
     assert torch.equal(logits(model, **batch)[0, :8], before)
     torch.testing.assert_close(logits(model, input_ids=batch["input_ids"][:1, :8])[0], before, atol=1e-5, rtol=1e-5)
+
+
+def tiny_mistral():
+    return AutoModelForCausalLM.from_config(MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=8)).eval()
+
+
+@pytest.mark.parametrize("method", [ALL[name] for name in ("prompt", "dept")] + [{"method": "prefix-tuning", "tokens": 3}], ids=["prompt", "dept", "prefix"])
+def test_padding_does_not_push_virtual_tokens_out_of_a_window(method):
+    model, prompts = stirred(tiny_mistral(), method), [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14, 15], [16, 17, 18]]
+    together = generate(model, tiny.tiny_tokenizer(), prompts, max_new_tokens=6, virtual=3)
+    assert together == [generate(model, tiny.tiny_tokenizer(), [p], max_new_tokens=6, virtual=3)[0] for p in prompts]
+
+
+@pytest.mark.parametrize("method", [ALL["prompt"], {"method": "prefix-tuning", "tokens": 3}], ids=["prompt", "prefix"])
+def test_a_table_of_positions_holds_virtual_tokens_too(method):
+    model = stirred(tiny.tiny_gpt2(n_positions=16), method)
+    assert virtual_tokens(model) == 3
+    texts = generate(model, tiny.tiny_tokenizer(), [list(range(5, 17)), [5]], max_new_tokens=6, virtual=virtual_tokens(model))
+    assert texts[0] == generate(model, tiny.tiny_tokenizer(), [list(range(10, 17))], max_new_tokens=6, virtual=3)[0]  # its end
+    with ts.disabled(model):
+        assert virtual_tokens(model) == 0
+
+
+@each
+def test_opt_whose_heads_call_the_decoder_inside_its_backbone(method):
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(OPTConfig(vocab_size=320, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=16, dropout=0.0, pad_token_id=0)).eval()
+    ids = tiny.batch("llama")["input_ids"][1:]
+    before = logits(base, input_ids=ids)
+    model = stirred(base, method)
+    assert not torch.equal(logits(model, input_ids=ids), before)
+    ts.causal_lm_loss(model, ids, ids).backward()
+    assert all(p.grad is not None and p.grad.any() for p in ts.trainable(model).values())
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
+
+
+def test_offsets_of_left_padded_texts_where_a_model_takes_no_positions():
+    torch.manual_seed(0)
+    model = stirred(AutoModelForCausalLM.from_config(BloomConfig(vocab_size=320, hidden_size=32, n_layer=2, n_head=4, pad_token_id=0)).eval(), DEPT)
+    ids, pads = torch.tensor([[5, 6, 7, 8]]), torch.zeros(1, 3, dtype=torch.long)
+    padded = logits(model, input_ids=torch.cat([pads, ids], 1), attention_mask=torch.cat([pads, torch.ones_like(ids)], 1))
+    torch.testing.assert_close(padded[:, -1], logits(model, input_ids=ids)[:, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_prompt_starts_as_scaled_embeddings_where_a_model_scales_them():
+    model = AutoModelForCausalLM.from_config(Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8))
+    ids, embeddings = [5, 9, 7], model.get_input_embeddings()
+    ts.adapt(model, {"method": "prompt-tuning", "tokens": 3, "init": "text", "init_text": ids})
+    assert torch.equal(layer(model).prompt, embeddings(torch.tensor(ids))) and not torch.equal(layer(model).prompt, embeddings.weight[ids])
 
 
 @pytest.mark.parametrize("after", [0, 1, None])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import ViTConfig, ViTForImageClassification, ViTModel
+from transformers import BeitConfig, BeitForImageClassification, ViTConfig, ViTForImageClassification, ViTModel
 
 import tunesmith as ts
 from tests import tiny
@@ -100,6 +100,12 @@ def test_other_models_are_refused(method):
     for model in (tiny.tiny_llama(), tiny.tiny_convnet()):
         with pytest.raises(ts.TunesmithError, match=f"{method} acts on a vision transformer"):
             ts.adapt(model, method)
+
+
+def test_prompts_are_refused_where_blocks_know_the_place_of_every_token():
+    config = BeitConfig(image_size=16, patch_size=8, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, use_relative_position_bias=True)
+    with pytest.raises(ts.TunesmithError, match="know the place of every token .*relative_position_bias"):
+        ts.adapt(BeitForImageClassification(config), "vpt")
 
 
 def test_prompts_and_bypasses_are_not_for_single_layers():

@@ -315,11 +315,12 @@ def test_build_refuses():
     for name, named in [
         ("galore", "both sides above rank=128"), ({"optimizer": "galore", "rank": "8"}, "rank='8'"), ({"optimizer": "galor"}, "did you mean 'galore'"), ({"rank": 8}, "unknown optimizer None"),
         ({"optimizer": "galore", "history": 3}, "galore has no option 'history'"), ({"optimizer": "natural-galore", "lr": 1}, "no option 'lr'"),
-        ({"optimizer": "adamw", "rank": 3}, "adamw has no option 'rank'"), ({"optimizer": "galore", "rank": 8, "scale": "x"}, "scale='x'"),
+        ({"optimizer": "adamw", "rank": 3}, "adamw has no option 'rank'"), ({"optimizer": "adamw", "eps": -1}, "AdamW refuses its options: Invalid epsilon value: -1"), ({"optimizer": "galore", "rank": 8, "scale": "x"}, "scale='x'"),
     ]:  # fmt: skip
         with pytest.raises(TunesmithError, match=named):
             optim.build(model, name)
     assert optim.build(model, {"optimizer": "adamw", "eps": 1e-6}).defaults["eps"] == 1e-6 and optim.build(model).defaults["fused"]
+    assert optim.build(model, {"optimizer": "adamw", "foreach": True}).defaults["fused"] is None
 
 
 @pytest.mark.parametrize("options", [

@@ -1,6 +1,7 @@
 """Light-PEFT: what a first stage decides, and models that are smaller afterwards, on disk too."""
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -14,7 +15,8 @@ from tunesmith.engine import store
 from tunesmith.engine.model import adapters, record_of
 from tunesmith.errors import TunesmithError
 from tunesmith.lifecycle.export import merge_to_folder
-from tunesmith.pruning import prunable
+from tunesmith.methods.select import mlp_outputs
+from tunesmith.pruning import prunable, restore, save
 from tunesmith.schedule.light_peft import MASKS, LightPEFT, kept, parse_prune, plan
 from tunesmith.train import recipe as recipes
 from tunesmith.train.folder import open_run
@@ -58,6 +60,26 @@ def test_pruning_twice_counts_in_the_units_of_the_whole_model():
     ts.prune(ts.prune(twice, {path: [0, 1, 5, 7, 9]}), {path: [1, 2, 4]})
     assert once._tunesmith_pruned == twice._tunesmith_pruned
     assert torch.equal(logits(once, "bert"), logits(twice, "bert"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pruned_model_is_pruned_again_saved_and_read(tmp_path, kind):
+    """Also where as many channels are left as the residual has numbers."""
+    model = tiny.BUILDERS[kind]()
+    blocks = prunable(model)
+    keep = {path: list(range(32)) if c.kind == "channels" else list(range(c.units // 2)) for path, c in blocks.items()}
+    ts.prune(model, keep)
+    again = prunable(model)
+    assert {p: [s.path for s in c.inner] for p, c in again.items()} == {p: [s.path for s in c.inner] for p, c in blocks.items()}
+    assert {p: c.units for p, c in again.items()} == {p: len(units) for p, units in keep.items()}
+    assert [s.path for s in mlp_outputs(model)] == [p for p, c in blocks.items() if c.kind == "channels"]
+    save(model, tmp_path, "whole")
+    read = restore(type(model).from_pretrained(tmp_path).eval(), tmp_path)
+    assert torch.equal(logits(read, kind), logits(model, kind))
+    first = {p: ts.prune(model, {p: [0]}) for p in again}
+    assert first and torch.isfinite(logits(model, kind)).all() and {c.units for c in prunable(model).values()} == {1}
+    with pytest.raises(TunesmithError, match="the peft format knows no pruned models"):
+        ts.save(ts.adapt(model, "lora"), tmp_path / "a", format="peft")
 
 
 def test_choices():
@@ -195,6 +217,28 @@ def test_what_has_no_ranks_to_cut_starts_again(here, models, data):
     assert first and all(key.startswith("classifier") for key in first)
 
 
+@pytest.mark.parametrize("method", ["adalora", "vera", "parallel-adapter"])
+def test_methods_without_ranks_to_cut_go_through_both_stages(here, models, data, method):
+    assert run(recipe(models, data, method=method, max_steps=1)).summary["method"] == method
+
+
+def test_beside_ranks_that_are_cut_other_methods_keep_their_layers(here, models, data):
+    run(recipe(models, data, method={"method": "lora", "rank": 4, "targets": {"query": {}, "value": {}, "LayerNorm": {"method": "ln-tuning"}}}, max_steps=1))
+    first, sites = open_run("run-estimate").model, record_of(open_run("run").model, "default").sites
+    norms = [path for path, config in record_of(first, "default").sites.items() if config.method == "ln-tuning"]
+    assert norms and set(norms) < set(sites) and {config.method for config in sites.values()} == {"lora", "ln-tuning"}
+
+
+def test_a_first_stage_on_other_data_is_not_taken_over(here, models, data):
+    mine = here / "mine.csv"
+    mine.write_text(text := open(data["tickets"]).read())
+    run(recipe(models, {"tickets": str(mine)}))
+    shutil.rmtree("run")
+    mine.write_text(text + text.splitlines()[1] + "\n")
+    with pytest.raises(TunesmithError, match="run-estimate cannot go on: the data in .*mine.csv have changed"):
+        run(recipe(models, {"tickets": str(mine)}))
+
+
 def test_padding_has_no_part_in_a_language_models_ratios():
     found = []
     for pads in (0, 24):
@@ -236,3 +280,6 @@ def test_two_processes_cut_one_model(here, models, data):
     values = {"model": models["bert"], "data": data["tickets"], "epochs": 1, "batch_size": 4, "lr": 0.01, "output": "run", "prune": {"prune": "light-peft", "steps": 4}}
     resume.in_two_processes(values)
     assert len(store.read_json(here / "run" / "adapter" / "adapter.json")["pruned"]) == 4
+    run(recipes.check(values | {"output": "alone", "accumulate": 2}))
+    two, one = (store.read_json(here / f"{name}-estimate" / "pruned" / "pruning.json")["ratio"] for name in ("run", "alone"))
+    assert two == pytest.approx(one, rel=1e-3)

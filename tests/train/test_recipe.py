@@ -54,6 +54,8 @@ def test_a_methods_name_opens_into_its_fields():
         ("method: {method: lora,\n  rank: x}", r"line 4: .*rank"),
         ("seed: 1\nseed: 2", r"line 4: the key 'seed' is there twice"),
         ("a: [", r"r\.yaml, line \d: not YAML"),
+        ("optimizer: galor", r"line 3: unknown optimizer 'galor' \(did you mean 'galore'"),
+        ("prune: light-pef", r"line 3: unknown prune 'light-pef' \(did you mean 'light-peft'"),
         ("columns: {text: [a]}", r"line 3: columns\.text should be a valid string"),
         ("? [a, b]\n: 1", r"r\.yaml"),
     ],

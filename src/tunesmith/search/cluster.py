@@ -26,7 +26,10 @@ def on_ray(base: Recipe | dict, output: str | Path, workers: int | None = None, 
     here = not ray.is_initialized()
     try:
         if here:
-            ray.init(log_to_driver=False, logging_level="error", include_dashboard=False)
+            try:
+                ray.init(log_to_driver=False, logging_level="error", include_dashboard=False)
+            except ValueError as error:
+                raise TunesmithError(f"$RAY_ADDRESS={os.environ.get('RAY_ADDRESS', '')!r} names no ray cluster: {str(error).splitlines()[0]}") from None
         if storage is None and sum(node["Alive"] for node in ray.nodes()) > 1:
             raise TunesmithError("workers on several machines need one database: give --storage, such as postgresql+psycopg://user@host/name")
         have = ray.cluster_resources()

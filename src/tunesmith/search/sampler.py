@@ -89,7 +89,7 @@ class HypervolumeSampler(BaseSampler):
 
     def guided(self, points: list[Point], values: np.ndarray, running: list[Point], draw: random.Random, tried: set[Point]) -> Point:
         """The best point found by one-exchange search from the front and from random points; `values` (n, 2) are to be maximised."""
-        from botorch.acquisition.multi_objective.logei import qLogNoisyExpectedHypervolumeImprovement
+        from botorch.acquisition.multi_objective import logei
         from botorch.fit import fit_gpytorch_mll
         from botorch.models import ModelListGP, SingleTaskGP
         from botorch.models.transforms import Standardize
@@ -103,7 +103,8 @@ class HypervolumeSampler(BaseSampler):
             model = ModelListGP(*(SingleTaskGP(X, Y[:, i : i + 1], outcome_transform=Standardize(1)) for i in range(Y.shape[1])))
             fit_gpytorch_mll(SumMarginalLogLikelihood(model.likelihood, model))
             low, high = Y.amin(0), Y.amax(0)
-            acquisition = qLogNoisyExpectedHypervolumeImprovement(
+            logei._load_attempted = True  # else it compiles a kernel, behind a lock file that a killed worker leaves for ever
+            acquisition = logei.qLogNoisyExpectedHypervolumeImprovement(
                 model, ref_point=(low - 0.1 * (high - low)).tolist(), X_baseline=X, prune_baseline=True, X_pending=self.unit(running) if running else None,
                 sampler=SobolQMCNormalSampler(torch.Size([SAMPLES]), seed=draw.randrange(2**31)),
             )  # fmt: skip

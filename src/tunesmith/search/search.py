@@ -5,7 +5,9 @@ import json
 import math
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ from . import page
 from .sampler import HypervolumeSampler, names
 from .space import Point, Space
 
-FAILURES = 5  # trials at the start, after which a search that has nothing gives up
+FAILURES = 5  # trials of a worker one after another, after which it gives up
 HEARTBEAT, GRACE = 20, 60  # seconds between a worker's signs of life, and after which one without is taken for dead
+WAIT = 2  # seconds between looks at what other workers have done
 
 
 def search(
@@ -49,12 +52,13 @@ def search(
     the recipe's own. warm_start: `output` of an earlier search of the same space, whose front is tried first. random: random
     search, to compare with. progress: told of {"event": "trial", ...} and {"event": "note", "text"}.
 
-    Trials of workers that were killed are taken up again, from their last checkpoint where the folder is at hand. Writes
-    search.json, search.html and front/*.yaml. It ends early where the space has no more points. Returns what search.json holds.
-    Raises `TunesmithError` for bad input, a database that cannot be reached, a study of another recipe, data or space, and where
-    the first FAILURES trials fail.
+    Trials of workers that were killed are taken up again, from their last checkpoint where the folder is at hand; the last worker
+    waits for those of others. Writes search.json, search.html and front/*.yaml. It ends early where the space has no more points.
+    Returns what search.json holds. Raises `TunesmithError` for bad input, a database that cannot be reached, a study of another
+    recipe, data or space, and where FAILURES trials fail one after another, or all.
     """
     import optuna
+    from optuna.trial import TrialState
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     space, output, tell = space or Space(), Path(output), progress or (lambda event: None)
@@ -67,49 +71,100 @@ def search(
     recipes.check(base), recipes.check(tried)
     metric, higher, depth = _facts(recipes.check(tried))
     sampler = HypervolumeSampler(space, depth, math.inf if random else startup, seed)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TunesmithError(f"the output {output} cannot be made: {error.strerror}; name another folder with --output") from None
+    where = _without_password(storage) if storage else output
     study = _study(storage or f"sqlite:///{output.resolve() / 'study.db'}", sampler, higher)
     contents = digest(tried)
     about = json.dumps({"recipe": tried, "data": contents, "space": space.model_dump(), "cost": cost, "depth": depth}, sort_keys=True)
     if study.user_attrs.get("about") not in (None, about):
-        raise TunesmithError(f"the study in {storage or output} is of another recipe, space or cost, or of data that have changed; choose another output or database")
+        raise TunesmithError(f"the study in {where} is of another recipe, space or cost, or of data that have changed; choose another output or database")
     study.set_user_attr("about", about)
     if warm_start and not study.trials:
         for point in _front_of(warm_start, space, depth):
             study.enqueue_trial(sampler.params(point))
 
+    own: list[optuna.Trial] = []  # the trials of this worker
+    failed: list[str] = []  # of the last of them, why
+
     def objective(trial: optuna.Trial):
+        own.append(trial)
         point: Point = tuple(trial.suggest_int(name, 0, count - 1) for name, count in zip(names(space, depth), space.choices(depth), strict=True))
+        before = [t for t in study.get_trials(deepcopy=False) if t.number < trial.number and t.state in (TrialState.RUNNING, TrialState.COMPLETE)]
+        if point in sampler.tried(before):
+            raise optuna.TrialPruned  # another worker asked at the same time, and was first
         try:
             found = _measured(tried, contents, space, point, output, metric)
-        except KeyboardInterrupt:
-            study.enqueue_trial(trial.params)  # for whoever goes on
-            raise
         except TrialFailed as failure:
+            failed.append(str(failure))
             tell({"event": "note", "text": f"failed: {space.text(point)}: {failure}"})
-            states = [t.state for t in study.trials]
-            if complete[0] not in states and states.count(optuna.trial.TrialState.FAIL) >= FAILURES - 1:
-                raise TunesmithError(f"the first {FAILURES} trials failed, the last one with: {failure}") from None
+            if len(failed) == FAILURES:
+                raise TunesmithError(f"the last {FAILURES} trials failed, the last one with: {failure}") from None
             raise
+        except BaseException as stop:
+            if not isinstance(stop, Exception):
+                study.enqueue_trial(trial.params)  # for whoever goes on
+                if not isinstance(stop, KeyboardInterrupt):  # that one Optuna knows
+                    study.tell(trial, state=TrialState.FAIL)
+            raise
+        failed.clear()
         for key, value in found.items():
             trial.set_user_attr(key, value)
-        done = sum(t.state == optuna.trial.TrialState.COMPLETE for t in study.get_trials(deepcopy=False)) + 1
+        done = sum(t.state == TrialState.COMPLETE for t in study.get_trials(deepcopy=False)) + 1
         tell({"event": "trial", "done": done, "total": trials, "text": space.text(point), "metric": metric, "value": found["value"], "cost": found[cost]})
         return found["value"], math.log10(max(found[cost], 1e-9))
 
-    def exhausted() -> bool:
-        known = study.get_trials(deepcopy=False)
-        waiting = any(t.state == optuna.trial.TrialState.WAITING for t in known)
-        return not waiting and len(sampler.tried(t for t in known if t.state.is_finished())) >= space.size(depth)
-
-    complete = (optuna.trial.TrialState.COMPLETE,)
-    if not exhausted() and sum(t.state in complete for t in study.trials) < trials:
-        study.optimize(objective, callbacks=[optuna.study.MaxTrialsCallback(trials, states=complete), lambda study, _: exhausted() and study.stop()], catch=(TrialFailed,))
-    return _report(study, sampler, space, base, output, cost, metric, higher)
+    waited = False
+    with _telling_of_the_database(where):
+        while True:
+            known = study.get_trials(deepcopy=False)
+            states = Counter(t.state for t in known)
+            left = states[TrialState.WAITING] or len(sampler.tried(known)) < space.size(depth)
+            if states[TrialState.COMPLETE] >= trials or not (left or states[TrialState.RUNNING]):
+                break
+            if states[TrialState.RUNNING] and (not left or states[TrialState.COMPLETE] + states[TrialState.RUNNING] >= trials):
+                if not waited:
+                    tell({"event": "note", "text": "waiting for the last trials of other workers, or for those without a sign of life to be taken up again"})
+                waited = True
+                time.sleep(WAIT)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats
+                    optuna.storages.fail_stale_trials(study)
+                continue
+            try:
+                study.optimize(objective, n_trials=1, catch=(TrialFailed,))
+            except ValueError:
+                if not (own and study.trials[own[-1].number].state.is_finished()):
+                    raise
+                tell({"event": "note", "text": "a trial gave no sign of life for too long and was given to others; going on with the next"})
+    if not states[TrialState.COMPLETE]:
+        raise TunesmithError(f"no configuration of the space could be trained{'; the last one failed with: ' + failed[-1] if failed else ''}")
+    return _report(study, sampler, space, base, {key: value for key, value in tried.items() if base.get(key) != value}, output, cost, metric, higher)
 
 
 class TrialFailed(Exception):
     """A configuration that could not be trained."""
+
+
+@contextmanager
+def _telling_of_the_database(where: str | Path):
+    """Turns whatever Optuna raises when it loses the database into one sentence."""
+    import optuna
+    import sqlalchemy
+
+    try:
+        yield
+    except TunesmithError:
+        raise
+    except Exception as error:
+        cause = error
+        while cause and not isinstance(cause, sqlalchemy.exc.SQLAlchemyError | optuna.exceptions.StorageInternalError):
+            cause = cause.__cause__ or cause.__context__
+        if not cause:
+            raise
+        raise TunesmithError(f"lost the database {where}: {str(cause).splitlines()[0]}; run the command again to go on") from error
 
 
 def _facts(recipe: Recipe) -> tuple[str, bool, int]:
@@ -135,7 +190,7 @@ def _study(url: str, sampler: HypervolumeSampler, higher: bool):
                 again = optuna.storages.RetryHeartbeatStaleTrialCallback()
                 storage = optuna.storages.RDBStorage(url, engine_kwargs=options, heartbeat_interval=HEARTBEAT, grace_period=GRACE, heartbeat_stale_trial_callback=again)
             return optuna.create_study(study_name="tunesmith", storage=storage, directions=["maximize" if higher else "minimize", "minimize"], sampler=sampler, load_if_exists=True)
-        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError) as error:
+        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError, ValueError) as error:
             if attempt < 9 and any(word in str(error).lower() for word in ("unique", "already exists", "duplicate")):
                 time.sleep(0.2 * (attempt + 1))  # another worker is making the tables
                 continue
@@ -147,8 +202,8 @@ def _without_password(url: str) -> str:
 
     try:
         return sqlalchemy.make_url(url).render_as_string(hide_password=True)
-    except sqlalchemy.exc.ArgumentError:
-        return repr(url)
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        return "that was given, which is not a database URL,"
 
 
 def _measured(tried: dict, contents: str, space: Space, point: Point, output: Path, metric: str) -> dict[str, Any]:
@@ -170,29 +225,30 @@ def _measured(tried: dict, contents: str, space: Space, point: Point, output: Pa
 def _front_of(folder: str | Path, space: Space, depth: int) -> list[Point]:
     try:
         found = json.loads((Path(folder) / "search.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        points, searched = [tuple(row["point"]) for row in found["trials"] if row["front"]], found["space"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise TunesmithError(f"{folder} holds no finished search to start from: search.json is missing or damaged") from error
-    points = [tuple(row["point"]) for row in found["trials"] if row["front"]]
-    if found["space"] != space.model_dump() or any(len(point) != len(space.choices(depth)) for point in points):
+    if json.dumps(searched) != json.dumps(space.model_dump()) or any(len(point) != len(space.choices(depth)) for point in points):
         raise TunesmithError(f"the search in {folder} is of another space, or of a model of another depth")
     return points
 
 
-def _report(study, sampler: HypervolumeSampler, space: Space, base: dict, output: Path, cost: str, metric: str, higher: bool) -> dict:
+def _report(study, sampler: HypervolumeSampler, space: Space, base: dict, fidelity: dict, output: Path, cost: str, metric: str, higher: bool) -> dict:
     import optuna
 
     finished = [t for t in study.get_trials(deepcopy=False) if t.state == optuna.trial.TrialState.COMPLETE]
     front = pareto([(t.user_attrs[cost], t.user_attrs["value"] if higher else -t.user_attrs["value"]) for t in finished])
     rows = [{"number": t.number, "point": list(sampler.point(t.params)), "front": i in front, **t.user_attrs} for i, t in enumerate(finished)]
     failed = sum(t.state == optuna.trial.TrialState.FAIL for t in study.trials)
-    result = {"recipe": base, "space": space.model_dump(), "metric": metric, "higher_is_better": higher, "cost": cost, "failed": failed, "trials": rows}
+    result = {"recipe": base, "fidelity": fidelity, "space": space.model_dump(), "metric": metric, "higher_is_better": higher, "cost": cost, "failed": failed, "trials": rows}
     for place, i in enumerate(front):
         row = rows[i]
-        text = f"# {row['text']}: {metric} {row['value']:.4f}, {row['trainable']:,} trained parameters\n"
+        at = "".join(f", {key}={value}" for key, value in fidelity.items())
+        text = f"# {row['text']}: {metric} {row['value']:.4f}{at and f' (in a trial with {at[2:]})'}, {row['trainable']:,} trained parameters\n"
         atomic_write(output / "front" / f"{place:02d}.yaml", text + yaml.safe_dump(base | {"method": row["method"]}, sort_keys=False, allow_unicode=True))
     for old in (output / "front").glob("*.yaml"):
-        if int(old.stem) >= len(front):
-            old.unlink()
+        if old.stem.isdecimal() and int(old.stem) >= len(front):
+            old.unlink(missing_ok=True)  # workers may finish together
     atomic_write(output / "search.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     atomic_write(output / "search.html", page.html(result))
     return result

@@ -131,4 +131,4 @@ def _runs(numbers: list[int]) -> str:
 
 def load(file: str | Path | None) -> Space:
     """The space in a YAML file, or the default one. Raises `TunesmithError` for what is wrong in it."""
-    return Space(**(read_yaml(file)[0] if file else {}))
+    return Space(**({str(key): value for key, value in read_yaml(file)[0].items()} if file else {}))
