@@ -231,7 +231,7 @@ def test_a_run_does_not_go_on_with_other_data(here, models):
     values = {"model": models["bert"], "data": "d.csv", "method": "full", "lr": 1e30, "warmup": 0}
     refused("no longer a number", values)
     (here / "d.csv").write_text("text,label\n" + "".join(f"{t},{l}\n" for t, l in messages(30, seed=5)))
-    refused("the data in d.csv has changed", values, resume=True)
+    refused("the data in d.csv have changed", values, resume=True)
 
 
 BAD = {

@@ -1,5 +1,6 @@
 """DePT: a shorter soft prompt, and a low-rank offset of the word embeddings by position."""
 
+import inspect
 from math import sqrt
 
 import torch
@@ -31,7 +32,7 @@ class DePTLayer(PromptLayer):
         if not before and T > s and (longest := T if mask is None else int(mask.sum(-1).max())) > s:
             raise TunesmithError(f"dept has offsets for texts of max_length={s} tokens, and this one has {longest}: cut it, or train with a larger max_length")
         places = torch.arange(T, device=embeds.device)[None] + max(before - self.length, 0)
-        if mask is not None:
+        if mask is not None and (call.get("position_ids") is not None or "position_ids" not in inspect.signature(base.forward).parameters):
             places = (places - mask.long().argmax(-1, keepdim=True)).clamp(min=0)  # from where the text begins
         rows = F.embedding(places.clamp(max=s), F.pad(self.A, (0, 0, 0, 1)))  # what is written beyond s has no offset
         call["inputs_embeds"] = (embeds + self.scale * (rows @ self.B)).to(embeds.dtype)
@@ -44,9 +45,10 @@ class DePT(PromptTuning):
 
     It trains m·d + (s + d)·r numbers, as a prompt of l tokens where r = (l − m)·d/(s + d): 76,800 for T5-base (d = 768) with
     the defaults, which is l = 100. B starts at zero, so that it starts as prompt tuning. P trains at the learning rate, A and B
-    at `lr_ratio` times it: 3e-2 and 5e-4 by default. The i-th token of the text has the i-th offset, also behind padding on
-    the left, as while generating. What a decoder writes has the offsets of its places, as it had in training (none in the authors' code), and none
-    beyond s. Raises `TunesmithError` as prompt tuning does, and in a forward for a text longer than s.
+    at `lr_ratio` times it: 3e-2 and 5e-4 by default. The i-th position of the text has the i-th offset: from the first column,
+    as in the authors' code, or, where the call gives positions or the model takes none, from where the mask says that the text
+    begins, as while generating from texts padded on the left. What a decoder writes has the offsets of its places, as it had in
+    training (none in the authors' code), and none beyond s. Raises `TunesmithError` as prompt tuning does, and in a forward for a text longer than s.
     """
 
     method, title, paper = "dept", "Decomposed prompt tuning", "arXiv:2309.05173"

@@ -126,7 +126,7 @@ class Estimate:
         self.config, self.model, self.total, self.done = config, unwrap(model), total_steps, 0
         self.name = next(name for name in state_of(model).active if name != MASKS)
         self.record = record_of(model, self.name)
-        ranked = {path for path, config in self.record.sites.items() if type(config).resized is not Method.resized}
+        ranked = {path for path, config in self.record.sites.items() if type(config).resized is not Method.resized}  # a layer can have fewer ranks
         self.own = {path: a for path, a in adapters(model, self.name).items() if path in ranked and a.dims}
         self.sums, self.counts = {path: torch.zeros(()) for path in self.own}, dict.fromkeys(self.own, 0)
         self.scores: dict[str, Tensor] = {}
