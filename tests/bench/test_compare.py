@@ -111,7 +111,7 @@ def test_another_recipe_or_other_data_is_refused_before_anything_is_lost(tmp_pat
     with pytest.raises(TunesmithError, match="epochs was 3 and is 2"):
         compare(["bitfit", "lora"], base | {"epochs": 2}, tmp_path / "out")
     Path(base["data"]).write_text("text,label\nb,x\n")
-    with pytest.raises(TunesmithError, match="its data has changed"):
+    with pytest.raises(TunesmithError, match="its data have changed"):
         compare(["lora"], base, tmp_path / "out")
     assert len(trained) == 1
     (tmp_path / "out" / "lora" / "left").touch()

@@ -187,7 +187,7 @@ def _refuse_other(run: dict, overwrite: bool) -> None:
     if not overwrite:
         before, now = yaml.safe_load(run["file"].read_text(encoding="utf-8")), run["recipe"]
         changed = [f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-        raise TunesmithError(f"{run['folder']} holds another run ({'; '.join(changed) or 'its data has changed'}); choose another output, or overwrite it")
+        raise TunesmithError(f"{run['folder']} holds another run ({'; '.join(changed) or 'its data have changed'}); choose another output, or overwrite it")
 
 
 def _train(recipe: dict, tell: Callable[[dict], None], jobs: int, children: set) -> str | None:

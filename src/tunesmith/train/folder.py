@@ -46,7 +46,7 @@ def check(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
 
 
 def start(folder: Path, recipe: Recipe, data: dict[str, Any], overwrite: bool) -> None:
-    """Write what is known before the first step. Raises `TunesmithError` when a resumed run's data has changed."""
+    """Write what is known before the first step. Raises `TunesmithError` when a resumed run's data have changed."""
     if overwrite and folder.exists():
         shutil.rmtree(folder)
     check_data(folder, data["source"], data["fingerprint"])
