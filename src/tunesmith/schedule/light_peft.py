@@ -159,11 +159,11 @@ class Estimate:
     def step(self) -> None:
         self.done += 1
 
-    def plan(self) -> Plan:
+    def plan(self, ratio: dict[str, Tensor]) -> Plan:
         blocks = prunable(self.model)
         masks = {path: a.m.detach().cpu() for path, a in adapters(self.model, MASKS).items()}
         heads = {path for path, c in blocks.items() if c.kind == "heads"}
-        return plan(self.config, masks, heads, self.ratio(), {path: t.cpu() for path, t in self.scores.items()})
+        return plan(self.config, masks, heads, ratio, {path: t.cpu() for path, t in self.scores.items()})
 
     def ratio(self) -> dict[str, Tensor]:
         """Of each scored adapter, over the batches of all processes."""
@@ -176,7 +176,8 @@ class Estimate:
 
     def finish(self, folder: Path) -> None:
         """Write what is kept, and what the adapters that are left begin with, into `folder`/pruned."""
-        chosen, blocks, ratio = self.plan(), prunable(self.model), self.ratio()
+        ratio, blocks = self.ratio(), prunable(self.model)
+        chosen = self.plan(ratio)
         tensors, configs = {}, {}
         for path, adapter in adapters(self.model, self.name).items():
             if path in self.record.sites and path not in chosen.ranks:  # cut out, or without ranks: it starts again
