@@ -72,7 +72,7 @@ def test_estimate_and_cut(name):
     for path in own:
         torch.testing.assert_close(stage.sums[path] / stage.counts[path], case.tensors[f"out.ratio.{path}"], **close)
 
-    chosen = stage.plan()
+    chosen = stage.plan(stage.ratio())
     for kind, key in (("heads", "keep_heads"), ("channels", "keep_ffn")):
         for layer, path in enumerate(layers[kind]):
             assert chosen.units[path] == case.tensors[f"out.{key}.{layer}"].tolist()
