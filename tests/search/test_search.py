@@ -14,6 +14,7 @@ import pytest
 from tunesmith import TunesmithError
 from tunesmith.cli import Interrupted
 from tunesmith.search import search as module
+from tunesmith.search import worker
 from tunesmith.search.cluster import on_ray
 from tunesmith.search.search import search
 from tunesmith.search.space import Space
@@ -47,7 +48,7 @@ def fake(values):
 
 
 def test_a_front_and_its_recipes(tmp_path, base, monkeypatch):
-    monkeypatch.setattr(module, "train_in_child", fake(values := {}))
+    monkeypatch.setattr(worker, "train_in_child", fake(values := {}))
     told = []
     found = search(base | {"test": base["data"]}, tmp_path / "s", SPACE, trials=12, startup=6, fidelity={"limit": 10}, progress=told.append)
     assert len(found["trials"]) == len(told) == len(values["runs"]) == 12
@@ -74,7 +75,7 @@ def test_a_front_and_its_recipes(tmp_path, base, monkeypatch):
 
 
 def test_what_cannot_be_trained_is_left_out(tmp_path, base, monkeypatch):
-    monkeypatch.setattr(module, "train_in_child", fake({"fail": {2, 8}}))
+    monkeypatch.setattr(worker, "train_in_child", fake({"fail": {2, 8}}))
     found = search(base, tmp_path / "s", SPACE, trials=8, startup=4)
     assert len(found["trials"]) == 8 and all(row["trainable"] not in (2, 8) for row in found["trials"])
 
@@ -175,7 +176,7 @@ def test_workers_on_ray(tmp_path, base):
 
 
 def test_a_search_that_gets_nowhere_ends(tmp_path, base, monkeypatch, capfd):
-    monkeypatch.setattr(module, "train_in_child", lambda recipe: "out of memory")
+    monkeypatch.setattr(worker, "train_in_child", lambda recipe: "out of memory")
     told = []
     for tries in (5, 10):  # another worker, or the same one again
         with pytest.raises(TunesmithError, match="the last 5 trials failed, the last one with: out of memory"):
@@ -189,7 +190,7 @@ def test_a_search_that_gets_nowhere_ends(tmp_path, base, monkeypatch, capfd):
 
 
 def test_a_search_ends_where_its_space_does(tmp_path, base, monkeypatch):
-    monkeypatch.setattr(module, "train_in_child", fake(values := {}))
+    monkeypatch.setattr(worker, "train_in_child", fake(values := {}))
     space = Space(parts={"lora": [0, 1, 2, 4]}, layers="all")
     found = search(base, tmp_path / "s", space, trials=9)
     assert len(found["trials"]) == len(values["runs"]) == 3
@@ -202,11 +203,11 @@ def test_an_interrupted_trial_is_taken_up_again(tmp_path, base, monkeypatch, kin
         raise kind
 
     space = Space(parts={"lora": [0, 1, 2, 4]}, layers="all")
-    monkeypatch.setattr(module, "train_in_child", interrupt)
+    monkeypatch.setattr(worker, "train_in_child", interrupt)
     with pytest.raises(kind):
         search(base, tmp_path / "s", space, trials=3)
-    monkeypatch.setattr(module.time, "sleep", None)  # there is nobody to wait for
-    monkeypatch.setattr(module, "train_in_child", fake({}))
+    monkeypatch.setattr(worker.time, "sleep", None)  # there is nobody to wait for
+    monkeypatch.setattr(worker, "train_in_child", fake({}))
     assert sorted(row["trainable"] for row in search(base, tmp_path / "s", space, trials=3)["trials"]) == [2, 4, 8]
 
 
@@ -214,7 +215,7 @@ def test_a_point_that_another_worker_has_is_not_trained_again(tmp_path, base, mo
     """Workers that ask at the same time are proposed the same point."""
     proposed = iter([1, 1, 2, 1, 3])
     monkeypatch.setattr(module.HypervolumeSampler, "sample_relative", lambda self, study, trial, _: {"lora": next(proposed)})
-    monkeypatch.setattr(module, "train_in_child", fake(values := {}))
+    monkeypatch.setattr(worker, "train_in_child", fake(values := {}))
     found = search(base, tmp_path / "s", Space(parts={"lora": [0, 1, 2, 4]}, layers="all"), trials=3)
     assert [row["method"]["rank"] for row in found["trials"]] == [run["method"]["rank"] for run in values["runs"]] == [1, 2, 4]
 
@@ -231,7 +232,7 @@ def test_a_trial_that_was_given_to_others_does_not_end_the_search(tmp_path, base
             studies[0].tell(0, state=optuna.trial.TrialState.FAIL)
         return train(recipe)
 
-    monkeypatch.setattr(module, "train_in_child", late)
+    monkeypatch.setattr(worker, "train_in_child", late)
     told = []
     found = search(base, tmp_path / "s", SPACE, trials=2, progress=told.append)
     assert [row["number"] for row in found["trials"]] == [1, 2] and any("no sign of life" in event.get("text", "") for event in told)
@@ -242,13 +243,13 @@ def test_a_lost_database_is_named(tmp_path, base, monkeypatch):
         (tmp_path / "s" / "study.db").write_bytes(b"not a database" * 1000)
         return fake({})(recipe)
 
-    monkeypatch.setattr(module, "train_in_child", gone)
+    monkeypatch.setattr(worker, "train_in_child", gone)
     with pytest.raises(TunesmithError, match="lost the database .*: .*; run the command again to go on"):
         search(base, tmp_path / "s", SPACE, trials=2)
 
 
 def test_changed_data_are_another_search(tmp_path, base, monkeypatch):
-    monkeypatch.setattr(module, "train_in_child", fake({}))
+    monkeypatch.setattr(worker, "train_in_child", fake({}))
     mine = tmp_path / "mine.csv"
     text = module.Path(base["data"]).read_text()
     mine.write_text(text)

@@ -1,20 +1,19 @@
-"""Trials of configurations by any number of workers that share one database, and the front they find."""
+"""A study of configurations in a database that any number of workers share, and the front they find."""
 
-import hashlib
 import json
 import math
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+import optuna
+import sqlalchemy
 import yaml
 
 from .. import data, models
-from ..bench.compare import digest, pareto, train_in_child
+from ..bench.compare import digest, pareto
 from ..data import tasks
 from ..errors import TunesmithError, nearest
 from ..files import atomic_write
@@ -22,12 +21,11 @@ from ..methods.select import layers
 from ..train import recipe as recipes
 from ..train.recipe import Recipe
 from . import page
-from .sampler import HypervolumeSampler, names
+from .sampler import HypervolumeSampler
 from .space import Point, Space
+from .worker import Worker
 
-FAILURES = 5  # trials of a worker one after another, after which it gives up
 HEARTBEAT, GRACE = 20, 60  # seconds between a worker's signs of life, and after which one without is taken for dead
-WAIT = 2  # seconds between looks at what other workers have done
 
 
 def search(
@@ -55,11 +53,8 @@ def search(
     Trials of workers that were killed are taken up again, from their last checkpoint where the folder is at hand; the last worker
     waits for those of others. Writes search.json, search.html and front/*.yaml. It ends early where the space has no more points.
     Returns what search.json holds. Raises `TunesmithError` for bad input, a database that cannot be reached, a study of another
-    recipe, data or space, and where FAILURES trials fail one after another, or all.
+    recipe, data or space, and where trials fail one after another (`worker.FAILURES`), or all.
     """
-    import optuna
-    from optuna.trial import TrialState
-
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     space, output, tell = space or Space(), Path(output), progress or (lambda event: None)
     if cost not in page.TITLES:
@@ -86,74 +81,15 @@ def search(
         for point in _front_of(warm_start, space, depth):
             study.enqueue_trial(sampler.params(point))
 
-    own: list[optuna.Trial] = []  # the trials of this worker
-    failed: list[str] = []  # of the last of them, why
-
-    def objective(trial: optuna.Trial):
-        own.append(trial)
-        point: Point = tuple(trial.suggest_int(name, 0, count - 1) for name, count in zip(names(space, depth), space.choices(depth), strict=True))
-        before = [t for t in study.get_trials(deepcopy=False) if t.number < trial.number and t.state in (TrialState.RUNNING, TrialState.COMPLETE)]
-        if point in sampler.tried(before):
-            raise optuna.TrialPruned  # another worker asked at the same time, and was first
-        try:
-            found = _measured(tried, contents, space, point, output, metric)
-        except TrialFailed as failure:
-            failed.append(str(failure))
-            tell({"event": "note", "text": f"failed: {space.text(point)}: {failure}"})
-            if len(failed) == FAILURES:
-                raise TunesmithError(f"the last {FAILURES} trials failed, the last one with: {failure}") from None
-            raise
-        except BaseException as stop:
-            if not isinstance(stop, Exception):
-                study.enqueue_trial(trial.params)  # for whoever goes on
-                if not isinstance(stop, KeyboardInterrupt):  # that one Optuna knows
-                    study.tell(trial, state=TrialState.FAIL)
-            raise
-        failed.clear()
-        for key, value in found.items():
-            trial.set_user_attr(key, value)
-        done = sum(t.state == TrialState.COMPLETE for t in study.get_trials(deepcopy=False)) + 1
-        tell({"event": "trial", "done": done, "total": trials, "text": space.text(point), "metric": metric, "value": found["value"], "cost": found[cost]})
-        return found["value"], math.log10(max(found[cost], 1e-9))
-
-    waited = False
+    worker = Worker(study, sampler, space, tried, contents, output, metric, cost, depth, trials, tell)
     with _telling_of_the_database(where):
-        while True:
-            known = study.get_trials(deepcopy=False)
-            states = Counter(t.state for t in known)
-            left = states[TrialState.WAITING] or len(sampler.tried(known)) < space.size(depth)
-            if states[TrialState.COMPLETE] >= trials or not (left or states[TrialState.RUNNING]):
-                break
-            if states[TrialState.RUNNING] and (not left or states[TrialState.COMPLETE] + states[TrialState.RUNNING] >= trials):
-                if not waited:
-                    tell({"event": "note", "text": "waiting for the last trials of other workers, or for those without a sign of life to be taken up again"})
-                waited = True
-                time.sleep(WAIT)
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats
-                    optuna.storages.fail_stale_trials(study)
-                continue
-            try:
-                study.optimize(objective, n_trials=1, catch=(TrialFailed,))
-            except ValueError:
-                if not (own and study.trials[own[-1].number].state.is_finished()):
-                    raise
-                tell({"event": "note", "text": "a trial gave no sign of life for too long and was given to others; going on with the next"})
-    if not states[TrialState.COMPLETE]:
-        raise TunesmithError(f"no configuration of the space could be trained{'; the last one failed with: ' + failed[-1] if failed else ''}")
+        worker.run()
     return _report(study, sampler, space, base, {key: value for key, value in tried.items() if base.get(key) != value}, output, cost, metric, higher)
-
-
-class TrialFailed(Exception):
-    """A configuration that could not be trained."""
 
 
 @contextmanager
 def _telling_of_the_database(where: str | Path):
     """Turns whatever Optuna raises when it loses the database into one sentence."""
-    import optuna
-    import sqlalchemy
-
     try:
         yield
     except TunesmithError:
@@ -178,10 +114,7 @@ def _facts(recipe: Recipe) -> tuple[str, bool, int]:
     return task.metric, task.higher_is_better, max(depth for _, _, depth in layers(model).values())
 
 
-def _study(url: str, sampler: HypervolumeSampler, higher: bool):
-    import optuna
-    import sqlalchemy
-
+def _study(url: str, sampler: HypervolumeSampler, higher: bool) -> optuna.Study:
     options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
     for attempt in range(10):
         try:
@@ -198,28 +131,10 @@ def _study(url: str, sampler: HypervolumeSampler, higher: bool):
 
 
 def _without_password(url: str) -> str:
-    import sqlalchemy
-
     try:
         return sqlalchemy.make_url(url).render_as_string(hide_password=True)
     except (sqlalchemy.exc.ArgumentError, ValueError):
         return "that was given, which is not a database URL,"
-
-
-def _measured(tried: dict, contents: str, space: Space, point: Point, output: Path, metric: str) -> dict[str, Any]:
-    """What training one configuration gives, in a folder of its own where a killed run goes on."""
-    method = space.method(point)
-    name = hashlib.sha256(json.dumps([tried, contents, method], sort_keys=True).encode()).hexdigest()[:16]
-    folder = output / "trials" / name
-    if not (folder / "summary.json").exists():
-        failure = train_in_child(tried | {"method": method, "output": str(folder)})
-        if failure:
-            raise TrialFailed(failure)
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    return {
-        "value": summary["best"], "trainable": summary["params"]["trainable"], "percent": summary["params"]["percent"], "train_s": summary["train_s"],
-        "peak_mb": summary["peak_mb"], "method": method, "text": space.text(point), "folder": f"trials/{name}",
-    }  # fmt: skip
 
 
 def _front_of(folder: str | Path, space: Space, depth: int) -> list[Point]:
@@ -233,9 +148,7 @@ def _front_of(folder: str | Path, space: Space, depth: int) -> list[Point]:
     return points
 
 
-def _report(study, sampler: HypervolumeSampler, space: Space, base: dict, fidelity: dict, output: Path, cost: str, metric: str, higher: bool) -> dict:
-    import optuna
-
+def _report(study: optuna.Study, sampler: HypervolumeSampler, space: Space, base: dict, fidelity: dict, output: Path, cost: str, metric: str, higher: bool) -> dict:
     finished = [t for t in study.get_trials(deepcopy=False) if t.state == optuna.trial.TrialState.COMPLETE]
     front = pareto([(t.user_attrs[cost], t.user_attrs["value"] if higher else -t.user_attrs["value"]) for t in finished])
     rows = [{"number": t.number, "point": list(sampler.point(t.params)), "front": i in front, **t.user_attrs} for i, t in enumerate(finished)]
