@@ -80,6 +80,7 @@ def test_convpass():
     model.norm2 = nn.Identity()  # which the case's input has passed already
     ts.adapt(model, ts.Convpass(bottleneck=case.config["hidden"]))
     layer = adapters(model, "default")["mlp.fc2"]
+    layer.given.grid = (case.config["grid"],) * 2  # no image runs through
     own = {f"adapter_{name}.{kind}": getattr(layer, name + suffix) for name in ("down", "conv", "up") for kind, suffix in (("weight", ""), ("bias", "_bias"))}
     fill(own, case)
     run(case, model, own)

@@ -113,7 +113,7 @@ def test_prompts_and_bypasses_are_not_for_single_layers():
         ts.adapt(tiny.tiny_vit(), ts.VPT(layers=[0]))
     with pytest.raises(ts.TunesmithError, match="method of the whole model"):
         ts.adapt(tiny.tiny_vit(), "lora", targets={"fc1": {"method": "convpass"}})
-    assert len(hubs(ts.adapt(tiny.tiny_vit(), ts.Convpass(layers=[-1])))) == 4
+    assert len(hubs(ts.adapt(tiny.tiny_vit(), ts.Convpass(layers=[-1])))) == 5  # two blocks, and where patches are made
 
 
 class Attention(nn.Module):
@@ -148,31 +148,37 @@ class FusedViT(nn.Module):
 
 def test_layers_that_hold_queries_keys_and_values_in_one():
     ends = {"convpass": {"attn.qkv", "attn.proj", "mlp.0", "mlp.2"}, "repadapter": {"attn.qkv", "mlp.0"}}
+    more = {"convpass": {"patch_embed"}, "repadapter": set()}
     for method, expected in ends.items():
         model = ts.adapt(FusedViT(), method)
-        assert set(hubs(model)) == {f"blocks.{i}.{name}" for i in range(2) for name in expected}
+        assert set(hubs(model)) == {f"blocks.{i}.{name}" for i in range(2) for name in expected} | more[method]
         model(BATCH["pixel_values"]).sum().backward()
         assert any(p.grad is not None and p.grad.any() for p in ts.trainable(model).values())
 
 
-def test_convpass_needs_a_square_of_patches():
-    model = ts.adapt(tiny.tiny_vit(), "convpass")
-    with pytest.raises(ts.TunesmithError, match="7 tokens"):
-        model(torch.randn(1, 3, 16, 24), interpolate_pos_encoding=True)
-    assert model(torch.randn(1, 3, 24, 24), interpolate_pos_encoding=True).logits.shape == (1, 3)
-
-
 def test_convpass_runs_over_the_grid():
-    """A patch reaches its neighbours and the class token nothing but itself."""
+    """A patch reaches its neighbours and the class token nothing but itself, whatever the image's shape."""
     model = ts.adapt(tiny.tiny_vit(image_size=40), ts.Convpass(bottleneck=4))
     layer = adapters(model, "default")["vit.layers.0.mlp.fc2"]
     nn.init.normal_(layer.up)
-    z = torch.randn(1, 26, 32)
-    for token, reached in ((0, {0}), (1 + 7, {1 + 5 * i + j for i in range(3) for j in range(1, 4)}), (1 + 24, {1 + 18, 1 + 19, 1 + 23, 1 + 24})):
+    model(torch.randn(1, 3, 40, 24), interpolate_pos_encoding=True)
+    assert layer.given.grid == (5, 3)
+    z = torch.randn(1, 16, 32)
+    for token, reached in ((0, {0}), (1 + 4, {1 + i for i in range(9)}), (1 + 14, {1 + 10, 1 + 11, 1 + 13, 1 + 14})):
         other = z.clone()
         other[0, token] += 1
         changed = (layer.branch(other) - layer.branch(z))[0].abs().amax(1) > 1e-6
         assert set(changed.nonzero().flatten().tolist()) == reached
+
+
+def test_convpass_takes_no_prompts_for_patches():
+    """With five of them a sequence has 1 + 3·3 tokens."""
+    model = tiny.tiny_vit()
+    ts.adapt(model, "convpass", name="bypass")
+    ts.adapt(model, ts.VPT(tokens=5), name="prompt")
+    ts.activate(model, ["bypass", "prompt"])
+    with pytest.raises(ts.TunesmithError, match="all patches, 1 \\+ 2·2 tokens; here it met 10"):
+        model(**BATCH)
 
 
 def test_ssf_starts_at_the_base_or_as_the_authors_do():

@@ -22,6 +22,7 @@ def mixed(model: nn.Module, rows: list[str | None]):
     state = state_of(model)
     for name in {name for name in rows if name is not None}:
         record_of(model, name)
+    _check_batch_first(model)
     if state.merged:
         raise TunesmithError(f"a mixed batch needs the base's own weights; unmerge {', '.join(state.merged)} first")
     set_trained(hubs(model).values(), set(rows) - {None}, only=False)
@@ -41,11 +42,18 @@ def tasks(model: nn.Module, ids: Sequence[int] | Tensor):
     As with `mixed`, inputs may have k·len(ids) rows.
     """
     state = state_of(model)
+    _check_batch_first(model)
     before, state.tasks = state.tasks, torch.as_tensor(ids, dtype=torch.long, device="cpu")  # layers read them
     try:
         yield model
     finally:
         state.tasks = before
+
+
+def _check_batch_first(model: nn.Module) -> None:
+    """Rows are told apart by the first dimension, which another may not be by accident."""
+    if getattr(getattr(model, "config", None), "model_type", None) == "xlnet":
+        raise TunesmithError("the layers of XLNet have the batch second, and rows of it cannot run different adapters; use one adapter for all rows")
 
 
 def auxiliary_loss(model: nn.Module) -> Tensor | None:

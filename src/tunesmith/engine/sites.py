@@ -178,6 +178,8 @@ def sites(model: nn.Module) -> list[Site]:
             continue
         if kind == "container":
             continue
+        if kind in ("linear", "conv") and _read_past(model, path):
+            kind = "other"
         owner = attention.get(id(module), module)
         if kind in ("norm", "other"):
             found.append(Site(path, kind, module, owner))
@@ -188,6 +190,15 @@ def sites(model: nn.Module) -> list[Site]:
         transposed = kind == "embedding" or _is_gpt2_conv1d(module)
         found.append(Site(path, kind, module, owner, "weight", bias, transposed))
     return found
+
+
+def _read_past(model: nn.Module, path: str) -> bool:
+    """Whether a layer's weights are read by the module around it, which does not call the layer: those of Mamba's and LFM2's mixers."""
+    inside, _, name = path.rpartition(".")
+    if name not in ("dt_proj", "conv1d", "conv"):
+        return False
+    around = model.get_submodule(inside)
+    return type(around).__name__.endswith("ShortConv") if name == "conv" else hasattr(around, "A_log")
 
 
 def width(model: nn.Module) -> int | None:
@@ -211,7 +222,7 @@ def head_paths(model: nn.Module) -> list[str]:
     get = getattr(model, "get_output_embeddings", None)
     output = get() if get else None
     inside = {id(m) for m in backbone(model).modules()}
-    bare = hasattr(model, "base_model_prefix") and backbone(model) is model  # a backbone has no head
+    bare = hasattr(model, "base_model_prefix") and backbone(model) is model and not re.search("For[A-Z]", type(model).__name__)  # a backbone has no head
     heads = [s.path for s in sites(model) if s.holder is output or id(s.holder) not in inside]
     if heads or bare:
         return heads

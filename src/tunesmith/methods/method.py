@@ -264,8 +264,11 @@ def selected(config: Method, model: nn.Module) -> dict[str, tuple[Site, dict]]:
     Raises `TunesmithError` for a layer that the model does not have, and for a method that acts on the whole model at once.
     """
     found = config.select(model)
-    if config.layers is None or config.own_layers:
-        return found
+    return found if config.layers is None or config.own_layers else in_layers(config, model, found)
+
+
+def in_layers(config: Method, model: nn.Module, found: dict[str, tuple[Site, dict]]) -> dict[str, tuple[Site, dict]]:
+    """Those of `found` that are in the config's `layers`, as `selected` says."""
     places = layers(model)
     if outside := [path for path in found if path not in places]:
         raise TunesmithError(f"{config.method} acts on the whole of {outside[0] or type(model).__name__!r} and cannot be kept to some layers; leave layers out")

@@ -9,25 +9,27 @@ from ..engine.adapter import Adapter
 from ..engine.sites import Site, Targets, sites, within
 from ..errors import TunesmithError
 from .method import Method
-from .select import QUERY_KEY_VALUE, Coupled, coupled
+from .select import QUERY_KEY_VALUE, Coupled, coupled, makers
 from .series_adapter import Bottleneck, BottleneckMethod
 
-# The norm that a feed-forward block begins with, by the field's usual names; `layer_norm` is T5's, the only one beside its block.
-NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm", "layernorm_after", "layer_norm2", "norm2", "ln_2", "ffn_norm", "layer_norm")
+# The norm that a feed-forward block begins with, by the field's usual names; `layer_norm` is T5's, the only one, around its block.
+NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm", "layernorm_after", "layer_norm2", "norm2", "norm_2", "ln_2", "ffn_norm", "mlp_norm", "layer_norm")
 
 
 def first_layers(model: nn.Module, block: Coupled) -> tuple[Site, ...]:
     """The layers that read what a block is given, none where they are not found."""
     if block.inner or block.kind == "channels":
-        return block.inner
+        made = block.inner or makers(block.outer, sites(model))
+        return block.inner or tuple(s for s in made if len(made) == 1 and s.out_features == 2 * block.outer.in_features)  # gate and up in one
     inside = block.outer.path.rpartition(".")[0]
     return tuple(s for s in sites(model) if s.path in {f"{inside}.{names[0]}" for names in QUERY_KEY_VALUE if len(names) == 1})
 
 
 class Given:
-    """What the block under way was given; blocks run one after another, so that one place serves them all."""
+    """What the block under way was given, and the (rows, columns) of an image's patches; blocks run one after another, so that one place serves them all."""
 
     x: Tensor | None = None
+    grid: tuple[int, int] | None = None
 
     def __getstate__(self):  # copies and pickles hold no activations
         return {}
@@ -56,6 +58,8 @@ class Beside(Method):
         raise TypeError(f"{type(self).__name__} defines no blocks")
 
     def select(self, model):
+        if self.input is not None:
+            raise TunesmithError(f"{self.method} finds itself what a block is given; leave input out")
         skip = self.saved_paths(model)
         pairs = [pair for pair in self.blocks(model) if not any(within(s.path, skip) for s in pair)] if self.targets == "default" else []
         return {s.path: (s, {"input": first.path}) for first, last in pairs for s in (first, last)} or super().select(model)
@@ -91,8 +95,8 @@ class ParallelAdapter(Beside, BottleneckMethod):
     """Scaled parallel adapter (He et al. 2022, arXiv 2110.04366) as in AdaptFormer (Chen et al. 2022, arXiv 2205.13535).
 
     By default one adapter is beside each feed-forward block: it reads the residual stream, before the block's norm, and adds to
-    what the block gives. Where no norm with one of the usual names begins the block, as after a post-norm, it reads the input of
-    the block's first linear layer. `targets` puts adapters beside single linear layers, or norms of the last dimension, instead:
+    what the block's last layer gives, so that a scale or norm behind that, as BEiT and Gemma 2 have, holds for both. Where no norm
+    with one of the usual names begins the block, as after a post-norm, it reads the input of the block's first linear layer. `targets` puts adapters beside single linear layers, or norms of the last dimension, instead:
     `ParallelAdapter(targets=["up_proj", "down_proj"], bottleneck=256, activation="tanh", scale=1.0, bias=False)` are those of
     LLM-Adapters (arXiv 2304.01933). `dropout` drops what the adapter reads; AdaptFormer's drops hidden units.
     """
@@ -106,7 +110,10 @@ class ParallelAdapter(Beside, BottleneckMethod):
 
     def blocks(self, model):
         by_path = {s.path: s for s in sites(model)}
-        return [(_norm(model, c.inner[0], by_path) or c.inner[0], c.outer) for c in coupled(model) if c.kind == "channels" and c.inner]
+        first = [(inner[0], c.outer) for c in coupled(model) if c.kind == "channels" and (inner := first_layers(model, c))]
+        if not first:
+            raise TunesmithError(f"{self.method} found no feed-forward block of linear layers in {type(model).__name__}; name layers with targets")
+        return [(_norm(model, inner, by_path) or inner, outer) for inner, outer in first]
 
     def _shape(self, site: Site) -> tuple[int, int]:
         """(inputs, outputs) of the adapter at a site."""
@@ -131,6 +138,7 @@ def _norm(model: nn.Module, first: Site, by_path: dict[str, Site]) -> Site | Non
         here = {name: site for name, _ in layer.named_children() if (site := by_path.get(f"{place}.{name}".lstrip("."))) and site.kind == "norm"}
         name = next((name for name in NORMS if name in here), None)
         behind = not getattr(layer, "norm_first", True) or (name == "post_attention_layernorm" and "post_feedforward_layernorm" in here)  # torch, OLMo 2
-        if name and not behind and (name != "layer_norm" or len(here) == 1):
+        behind |= type(layer).__name__.startswith("Swinv2") or (name == "layer_norm" and (place == inside or len(here) > 1))  # XLNet, Funnel
+        if name and not behind:
             return here[name]
     return None

@@ -46,7 +46,7 @@ def save_peft(model: nn.Module, folder: str | Path, name: str) -> None:
         theirs = record.sites[path].peft_tensors(_site_at(root, path), own)
         values |= {f"{prefix}{path}.{key}": t for key, t in theirs.items()} if record.config.peft_by_site else theirs
     values |= {key: t.detach().cpu() for key, t in record.config.peft_shared({path: attached[path] for path in record.sites}).items()}
-    task = next((t for end, t in TASKS.items() if type(root).__name__.endswith(end)), None)
+    task = named = next((t for end, t in TASKS.items() if type(root).__name__.endswith(end)), None)
     if fused := [path for path, config in record.sites.items() if config.peft_by_site and _site_at(root, path).kind == "attention"]:
         raise TunesmithError(f"the peft format cannot hold the adapter at {fused[0]!r}, a projection inside nn.MultiheadAttention; save it with format='tunesmith'")
     modules = record.config.saved_paths(root) or None
@@ -54,6 +54,10 @@ def save_peft(model: nn.Module, folder: str | Path, name: str) -> None:
         raise TunesmithError(f"peft would take {others[0]!r} for one of modules_to_save ({', '.join(modules)}); save this adapter with format='tunesmith'")
     if task in HEADS and not any(m.split(".")[-1] in HEADS[task] for m in modules or []):
         task = None  # peft would expect a trained head in the file
+    fields = record.config.to_peft(record.sites, root)
+    if task is None and not record.config.peft_by_site:
+        wanted = f"; adapt with modules_to_save=[{HEADS[named][0]!r}]" if named in HEADS else ""
+        raise TunesmithError(f"peft leaves virtual tokens out of a {type(root).__name__} without the head of a task in the file{wanted}, or save this adapter with format='tunesmith'")
     card = {
         "peft_type": record.config.peft_type,
         "task_type": task,
@@ -62,7 +66,7 @@ def save_peft(model: nn.Module, folder: str | Path, name: str) -> None:
         "revision": None,
         "inference_mode": True,
         "modules_to_save": modules,
-        **record.config.to_peft(record.sites, root),
+        **fields,
     }
     data = save_tensors({k: v.clone(memory_format=torch.contiguous_format) for k, v in values.items()}, metadata={"format": "pt"})
     write(folder, {WEIGHTS: data, CARD: json.dumps(card, indent=2, sort_keys=True) + "\n"})

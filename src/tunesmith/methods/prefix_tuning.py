@@ -9,7 +9,7 @@ from torch import nn
 
 from ..engine.adapter import Adapter
 from ..engine.sites import backbone, float_dtype
-from ..engine.tokens import TokenAdapter, arguments, cache_name, cached, extend, past, token_backbone, token_site
+from ..engine.tokens import TokenAdapter, arguments, cache_name, cached, extend, past, reads_first, token_backbone, token_site
 from ..errors import TunesmithError
 from .method import Method, check_layers, empty
 from .p_tuning import encoded
@@ -172,7 +172,8 @@ class PrefixTuning(Method):
         if self.layers is not None:
             depth = len(cache_shapes(model))
             check_layers(self, model, depth, self.layers)
-            if "sliding_attention" in (getattr(model.config, "layer_types", None) or ()):
+            types = getattr(model.config, "layer_types", None)
+            if "sliding_attention" in types if types else getattr(model.config, "sliding_window", None):
                 raise TunesmithError(f"prefix-tuning in some layers alone does not work with sliding windows, which {type(model).__name__} has; leave layers out")
             if without := set(range(depth)) - {m.layer_idx for m in readers}:
                 raise TunesmithError(f"prefix-tuning finds no attention module of layer {min(without)} of {type(model).__name__}; leave layers out")
@@ -194,6 +195,8 @@ class PrefixTuning(Method):
 
     def to_peft(self, configs, model):
         shapes = cache_shapes(model)
+        if reads_first(model):
+            raise TunesmithError("peft runs no prefix in an encoder; save this one with format='tunesmith'")
         if len(set(shapes)) > 1 or len(self.numbers(len(shapes))) < len(shapes):
             raise TunesmithError("the peft format needs a prefix in every layer, with the same key and value heads; save this one with format='tunesmith'")
         heads, dim = shapes[0]
@@ -226,9 +229,13 @@ def cache_shapes(model: nn.Module) -> list[tuple[int, int]]:
     try:
         with torch.no_grad():
             inner.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), **{cache_name(inner.forward) or 'cache': cache})
+    except Exception as error:  # whatever a model raises that knows no such cache
+        raise TunesmithError(f"prefix-tuning needs attention in every layer with a KV cache, and {type(model).__name__} takes none: {type(error).__name__}: {error}") from error
     finally:
         inner.train(training)
     layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     if not layers:
         raise TunesmithError(f"prefix-tuning needs attention layers with a KV cache; {type(model).__name__} keeps none")
+    if any(layer.keys.shape != layer.values.shape for layer in layers):
+        raise TunesmithError(f"prefix-tuning needs keys and values of one width, and those in the KV cache of {type(model).__name__} differ")
     return [(layer.keys.shape[1], layer.keys.shape[3]) for layer in layers]

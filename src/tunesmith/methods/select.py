@@ -1,5 +1,6 @@
 """The parts of a transformer that papers name, found by shape and by the field's usual names."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,15 +19,30 @@ HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 
 
 def mlp_outputs(model: nn.Module) -> list[Site]:
-    """The linear layer that ends each feed-forward block: more inputs than outputs, outputs as wide as the residual."""
+    """The linear layer that ends each feed-forward block: it narrows what `makers` have widened, whatever the width of its stage.
+
+    Where a model has no such layer, those that narrow to the width of its residual stream.
+    """
     hidden, heads, pruned = width(model), head_paths(model), pruned_blocks(model)
+    linear = [s for s in sites(model) if s.kind == "linear"]
+    narrow = [s for s in linear if s.in_features > s.out_features and s.path not in heads and s.path not in pruned and not _in_attention(s)]
+    ends = [s for s in narrow if makers(s, linear)] or [s for s in narrow if s.out_features == hidden]
+    paths = {s.path for s in ends} | {path for path, (kind, _) in pruned.items() if kind == "channels"}
+    return [s for s in sites(model) if s.path in paths]
 
-    def ends(s: Site) -> bool:
-        if s.path in pruned:
-            return pruned[s.path][0] == "channels"
-        return s.kind == "linear" and s.in_features > hidden == s.out_features and s.path not in heads and "att" not in s.path.rsplit(".", 2)[-2:][0].lower()
 
-    return list(filter(ends, sites(model)))
+def _in_attention(site: Site) -> bool:
+    return re.search("att(n|ention)", site.path.rpartition(".")[0].lower()) is not None
+
+
+def makers(outer: Site, known: list[Site]) -> list[Site]:
+    """The linear layers that make the inputs of one that ends a feed-forward block: those beside it, up and gate, or the two in one."""
+    out, made = outer.shape
+    fit = [s for s in known if s.kind == "linear" and s.shape in ((made, out), (2 * made, out)) and not _in_attention(s)]
+    for place in _around(outer.path):
+        if here := [s for s in fit if within(s.path, [place])]:
+            return [s for s in here if s.shape[0] == made] or here
+    return []
 
 
 def keys_and_values(model: nn.Module) -> list[Site]:
@@ -103,6 +119,7 @@ def _attentions(model: nn.Module, known: list[Site]) -> list[Coupled]:
         made = sum(s.out_features for s in inner)
         for place in _around(inner[0].path):
             outer = [s for s in linear if within(s.path, [place]) and s not in inner and s.out_features == inner[0].in_features and _groups(made, heads, s.in_features)]
+            outer = [s for s in outer if not re.match("pos_|.*_global$", s.path.rpartition(".")[2])]  # DeBERTa's and Longformer's further queries and keys
             if outer:
                 break
         if len(outer) == 1:
@@ -135,11 +152,9 @@ def _groups(made: int, heads: int, size: int) -> int:
 def _feed_forwards(ends: list[Site], known: list[Site]) -> list[Coupled]:
     found = []
     for outer in ends:
-        for place in _around(outer.path):
-            inner = [s for s in known if s.kind == "linear" and within(s.path, [place]) and s.shape == outer.shape[::-1]]
-            if inner:
-                break
-        if len(inner) > 2 or sum(within(s.path, [place]) for s in ends) > 1:
+        inner = makers(outer, known)
+        place = next((place for place in _around(outer.path) if inner and within(inner[0].path, [place])), outer.path)
+        if len(inner) > 2 or sum(within(s.path, [place]) for s in ends) > 1 or any(s.shape != outer.shape[::-1] for s in inner):
             inner = []
         inner, units = tuple(sorted(inner, key=lambda s: "gate" not in s.path.rpartition(".")[2])), outer.in_features
         free = bool(inner) and all(size != units for _, size in _beside(known, place, (*inner, outer)))

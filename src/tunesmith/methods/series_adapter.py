@@ -3,13 +3,14 @@
 from typing import Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..engine.adapter import Adapter
 from ..engine.sites import Site, Targets, check_kind, sites
-from .method import Dropout, Method, empty
+from ..errors import TunesmithError
+from .method import Dropout, Method, Rank, empty
 from .select import coupled, mlp_outputs
 
 
@@ -49,7 +50,7 @@ class BottleneckMethod(Method):
     mergeable = False
 
     targets: Targets = "default"
-    bottleneck: PositiveInt = 64
+    bottleneck: Rank = 64
     activation: Literal["tanh", "relu", "gelu", "quick-gelu", "silu"] = "tanh"
     scale: float = Field(1.0, gt=0)
     dropout: Dropout = 0.0
@@ -96,11 +97,14 @@ class SeriesAdapter(BottleneckMethod):
     place: Literal["auto", "before", "after"] = "auto"
 
     def default(self, model):
+        ends, known = mlp_outputs(model), sites(model)
         outputs = [c.outer for c in coupled(model) if c.kind == "heads"] if self.placement == "houlsby" else []
-        known = sites(model)
+        what = "feed-forward block of linear layers" if not ends else "attention's output projection" if self.placement == "houlsby" and not outputs else None
+        if what:
+            raise TunesmithError(f"{self.method} found no {what} in {type(model).__name__}; name layers with targets")
         for site in outputs:
             check_kind(site, self.works_on, self.method, known)
-        return outputs + mlp_outputs(model)
+        return outputs + ends
 
     def _before(self, site: Site) -> bool:
         return self.place == "before" or (self.place == "auto" and site.out_features > site.in_features)

@@ -21,8 +21,9 @@ def channels(site: Site) -> int:
 @torch.no_grad()
 def offset(site: Site) -> float:
     """What a norm without a bias adds to its weight before it multiplies by it: 1 for Gemma's, 0 for most."""
-    module, x = site.owner, torch.linspace(1, 2, channels(site), dtype=site.parameter.dtype, device=site.parameter.device)
-    if x.is_meta or not hasattr(module, "weight"):
+    module, stored = site.owner, site.parameter
+    x = torch.linspace(1, 2, channels(site), dtype=stored.dtype, device="cpu" if stored.is_meta else stored.device)
+    if not hasattr(module, "weight"):
         return 0.0
     forward = getattr(type(module), "_tunesmith_base", type(module)).forward
     try:
@@ -60,8 +61,8 @@ class SSFLayer(WeightAdapter):
     def forward(self, base, x, *args, **kwargs):
         if base.site.kind != "linear":  # whose channels may be any dimension
             return base.with_values(self.fold(base.site, base.values))(x, *args, **kwargs)
-        y = base(x, *args, **kwargs) * self.scale.to(x.dtype)
-        return y if self.shift is None else y + self.shift.to(y.dtype)
+        y = base(x, *args, **kwargs)  # in half precision γ ≈ 1 has to multiply before it is rounded
+        return (y * self.scale if self.shift is None else torch.addcmul(self.shift, y, self.scale)).to(y.dtype)
 
 
 class SSF(Method):
