@@ -158,3 +158,16 @@ def test_virtual_tokens_that_peft_would_leave_out_are_not_written(kind, method, 
     with pytest.raises(ts.TunesmithError, match=message):
         ts.save(ts.adapt(model, method), tmp_path / "a", format="peft")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["prompt-tuning", "p-tuning", "dept"])
+def test_virtual_tokens_attend_within_longformers_window(method):
+    """Its heads attend from the first token to all, the prompt's behind it too."""
+    torch.manual_seed(0)
+    config = transformers.LongformerConfig(**TEXT, attention_window=4)
+    model, ids = transformers.LongformerForSequenceClassification(config).eval(), torch.randint(3, 99, (2, 9))
+    with torch.no_grad():
+        before = model(ids).logits
+        assert not torch.allclose(stirred(model, method, 1.0)(ids).logits, before)
+        with ts.disabled(model):
+            assert torch.equal(model(ids).logits, before)

@@ -89,9 +89,10 @@ def extend(call: dict, length: int, new: bool, after: int = 0) -> None:
         if new:
             own = torch.arange(length, device=positions.device) + (positions[..., after - 1 : after] + 1 if after else 0)
             call["position_ids"] = inserted(positions, own.expand(*positions.shape[:-1], length), after, -1)
-    types = call.get("token_type_ids")
-    if types is not None and new:
-        call["token_type_ids"] = inserted(types, types.new_zeros(len(types), length), after)
+    for name in ("token_type_ids", "global_attention_mask"):  # the latter is Longformer's
+        types = call.get(name)
+        if types is not None and new:
+            call[name] = inserted(types, types.new_zeros(len(types), length), after)
 
 
 def inserted(text: Tensor, virtual: Tensor, after: int, dim: int = 1) -> Tensor:
