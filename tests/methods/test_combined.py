@@ -93,6 +93,21 @@ def test_layers_that_are_not_there_are_named():
         ts.adapt(build(), {"method": "prompt-tuning", "layers": [0]})
 
 
+@pytest.mark.parametrize("kind,parts", [("llama", [PARTS[1], PARTS[2]]), ("vit", ["convpass", "ssf"])])
+def test_layers_of_parts_that_see_to_them_themselves(kind, parts, tmp_path):
+    """A prefix in some layers, and bypasses that ask the layer before them for the grid of patches."""
+    batch, model = inputs(kind), build(kind)
+    ts.adapt(model, {"method": "combined", "parts": parts, "layers": [1]})
+    one = ts.summary(model).trainable
+    stir(model)
+    expected = logits(model, batch)
+    ts.save(model, tmp_path / "a")
+    assert torch.equal(logits(ts.load(build(kind), tmp_path / "a"), batch), expected)
+    assert one == sum(ts.summary(ts.adapt(build(kind), {"layers": [1]} | ({"method": p} if isinstance(p, str) else p))).trainable for p in parts)
+    with pytest.raises(ts.TunesmithError, match="which can have them once"):
+        ts.adapt(build("llama"), {"method": "combined", "parts": [{**PARTS[2], "layers": [0]}], "layers": [1]})
+
+
 def test_a_module_that_is_trained_in_full_is_none_of_the_parts():
     model = ts.adapt(tiny.tiny_bert(), {"method": "combined", "parts": ["bitfit", "lora"], "modules_to_save": ["classifier"]})
     record = model.__dict__["_tunesmith"].records["default"]

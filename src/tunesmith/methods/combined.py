@@ -8,7 +8,7 @@ from torch import nn
 from ..engine.adapter import Adapter, Stacked
 from ..engine.tokens import TokenAdapter
 from ..errors import TunesmithError
-from .method import Method, override, parse, selected
+from .method import Method, in_layers, override, parse, selected
 
 ALL = ("linear", "embedding", "conv", "attention", "norm", "other", "tokens")
 
@@ -73,12 +73,20 @@ class Combined(Method):
         """The parts' configs."""
         return [parse(part) for part in self.parts]
 
+    own_layers = True
+
     def select(self, model):
         found, errors = {}, []
         for i, config in enumerate(self.configs):
             whole = self.model_dump(include=(self.model_fields_set & {"targets"}) - config.model_fields_set) | {"modules_to_save": self.modules_to_save}
+            if config.own_layers and self.layers is not None:
+                if config.layers is not None:
+                    raise TunesmithError(f"layers stand in combined and in its part {config.method}, which can have them once; leave one out")
+                config = config.model_copy(update={"layers": self.layers})
             try:
                 chosen = selected(type(config)(**config.model_dump(exclude_unset=True) | whole), model)
+                if self.layers is not None and not config.own_layers:
+                    chosen = in_layers(self, model, chosen)
             except TunesmithError as error:
                 if "targets" not in whole:
                     raise

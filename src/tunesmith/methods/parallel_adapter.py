@@ -18,9 +18,11 @@ NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm", "layernorm_aft
 
 def first_layers(model: nn.Module, block: Coupled) -> tuple[Site, ...]:
     """The layers that read what a block is given, none where they are not found."""
-    if block.inner or block.kind == "channels":
-        made = block.inner or makers(block.outer, sites(model))
-        return block.inner or tuple(s for s in made if len(made) == 1 and s.out_features == 2 * block.outer.in_features)  # gate and up in one
+    if block.inner:
+        return block.inner
+    if block.kind == "channels":
+        made = makers(block.outer, sites(model))
+        return tuple(made) if len(made) == 1 and made[0].out_features == 2 * block.outer.in_features else ()  # gate and up in one
     inside = block.outer.path.rpartition(".")[0]
     return tuple(s for s in sites(model) if s.path in {f"{inside}.{names[0]}" for names in QUERY_KEY_VALUE if len(names) == 1})
 
@@ -96,7 +98,8 @@ class ParallelAdapter(Beside, BottleneckMethod):
 
     By default one adapter is beside each feed-forward block: it reads the residual stream, before the block's norm, and adds to
     what the block's last layer gives, so that a scale or norm behind that, as BEiT and Gemma 2 have, holds for both. Where no norm
-    with one of the usual names begins the block, as after a post-norm, it reads the input of the block's first linear layer. `targets` puts adapters beside single linear layers, or norms of the last dimension, instead:
+    with one of the usual names begins the block, as after a post-norm, it reads the input of the block's first linear layer.
+    `targets` puts adapters beside single linear layers, or norms of the last dimension, instead:
     `ParallelAdapter(targets=["up_proj", "down_proj"], bottleneck=256, activation="tanh", scale=1.0, bias=False)` are those of
     LLM-Adapters (arXiv 2304.01933). `dropout` drops what the adapter reads; AdaptFormer's drops hidden units.
     """

@@ -230,7 +230,7 @@ def cache_shapes(model: nn.Module) -> list[tuple[int, int]]:
         with torch.no_grad():
             inner.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), **{cache_name(inner.forward) or 'cache': cache})
     except Exception as error:  # whatever a model raises that knows no such cache
-        raise TunesmithError(f"prefix-tuning needs attention in every layer with a KV cache, and {type(model).__name__} takes none: {type(error).__name__}: {error}") from error
+        raise TunesmithError(f"prefix-tuning needs attention in every layer with a KV cache, and {type(model).__name__} takes none: {(str(error) or type(error).__name__).splitlines()[0]}") from error
     finally:
         inner.train(training)
     layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]

@@ -32,7 +32,8 @@ def mlp_outputs(model: nn.Module) -> list[Site]:
 
 
 def _in_attention(site: Site) -> bool:
-    return re.search("att(n|ention)", site.path.rpartition(".")[0].lower()) is not None
+    """As the names of the modules in its layer say."""
+    return re.search("att(n|ention)", re.sub(r".*\.\d+\.", "", site.path).rpartition(".")[0].lower()) is not None
 
 
 def makers(outer: Site, known: list[Site]) -> list[Site]:
