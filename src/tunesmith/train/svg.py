@@ -168,8 +168,8 @@ class Point:
     labelled: bool = True  # or else the label is in the hover title alone
 
 
-def _free_place(px: float, py: float, width: float, taken: list[tuple[float, float, float, float]]):
-    """Where a label beside a point hides nothing: (x, y, anchor) and its box, or None."""
+def _free_place(px: float, py: float, width: float, taken: list[tuple[float, float, float, float]], others: list[tuple[float, float]]):
+    """Where a label beside a point hides nothing and is nearer to it than to `others`: (x, y, anchor) and its box, or None."""
     for x, y, anchor in (
         (px + 9, py + 4, "start"), (px - 9, py + 4, "end"), (px - 5, py - 9, "end"), (px + 7, py + 17, "start"),
         (px, py - 11, "middle"), (px, py + 20, "middle"), (px + 7, py - 9, "start"), (px - 7, py + 17, "end"),
@@ -178,9 +178,14 @@ def _free_place(px: float, py: float, width: float, taken: list[tuple[float, flo
         left = x - {"start": 0, "middle": width / 2, "end": width}[anchor]
         box = (left, y - 11, left + width, y + 3)
         inside = box[0] >= LEFT and box[2] <= WIDTH and box[1] >= TOP - 8 and box[3] <= HEIGHT - BOTTOM
-        if inside and not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
+        clear = not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken)
+        if inside and clear and _away(box, px, py) <= min((_away(box, *other) for other in others), default=math.inf):
             return (x, y, anchor), box
     return None
+
+
+def _away(box: tuple[float, float, float, float], px: float, py: float) -> float:
+    return math.hypot(max(box[0] - px, 0, px - box[2]), max(box[1] - py, 0, py - box[3]))
 
 
 def scatter(
@@ -220,7 +225,7 @@ def scatter(
         if p.spread:
             spread = Markup('<line class="spread" x1="{0:.1f}" x2="{0:.1f}" y1="{1:.1f}" y2="{2:.1f}"/>').format(at[0], py(p.y - p.spread), py(p.y + p.spread))
         label = Markup("")
-        if p.labelled and (place := _free_place(*at, 1.1 * CHARACTER * len(p.label), taken)):
+        if p.labelled and (place := _free_place(*at, 1.1 * CHARACTER * len(p.label), taken, [(px(o.x), py(o.y)) for o in points if o is not p])):
             (left, top, anchor), box = place
             taken.append(box)
             label = Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(left, top, anchor, p.label)
