@@ -5,11 +5,12 @@
 A Llama of 2 layers is trained from nothing on the characters of tiny Shakespeare, by AdamW, and by GaLore and Natural GaLore
 with a rank of a quarter of the width. As in the papers, the matrices of attention and MLP are projected and the rest gets
 AdamW. "As published" is Natural GaLore with the settings of its authors' code: projected on both sides, 20 gradients, which
-outlive their subspace, and a damping of 0.001 whatever the gradient's scale. An optimiser's rate, and Natural GaLore's damping,
-are the best on a tenth of the text, with a seed of its own; losses are those of another tenth. A seed draws start and batches
-alike for every optimiser, so that two are compared seed by seed.
+outlive their subspace, and a damping of 0.001 whatever the gradient's scale. An optimiser's rate, of a grid that goes on where its
+edge is best, and Natural GaLore's damping are the best on a tenth of the text, with a seed of its own; losses are those of another
+tenth. A seed draws start and batches alike for every optimiser, so that two are compared seed by seed.
 """
 
+import math
 import statistics
 
 import torch
@@ -94,11 +95,15 @@ def main():
     learned, chosen_on, judged, letters = texts()
     measured, curves = {}, {}
     for side in SIDES:
-        tried = [
-            (trained(side, options, rate, CHOICE, learned, chosen_on, letters)[0][-1], rate, options.get("damping"), i)
-            for i, options in enumerate(SIDES[side][1])
-            for rate in RATES
-        ]
+        tried = []
+        for i, options in enumerate(SIDES[side][1]):
+            rates = list(RATES)
+            for rate in rates:
+                value = trained(side, options, rate, CHOICE, learned, chosen_on, letters)[0][-1]
+                tried.append((value if math.isfinite(value) else math.inf, rate, options.get("damping"), i))
+                own = [row for row in tried if row[3] == i]
+                if len(own) >= len(RATES) and (edge := min(own)[1]) in (low := min(rates), max(rates)):
+                    rates.append(float(f"{edge / 3 if edge == low else edge * 3:.2g}"))
         _, rate, damping, i = min(tried, key=lambda row: row[0])
         runs = [trained(side, SIDES[side][1][i], rate, seed, learned, judged, letters) for seed in SEEDS]
         curves[side] = [losses for losses, *_ in runs]
