@@ -59,20 +59,20 @@ def stirred(model, method, size=0.3, **options):
 
 HOUSLBY = {"method": "series-adapter", "placement": "houlsby"}
 PLACES = [
-    ("Swin", "series-adapter", {"blocks.#.mlp.fc2"}),
-    ("Swin", "parallel-adapter", {"blocks.#.layernorm_after", "blocks.#.mlp.fc2"}),
-    ("Swinv2", "series-adapter", {"blocks.#.output.dense"}),
-    ("Swinv2", "parallel-adapter", {"blocks.#.intermediate.dense", "blocks.#.output.dense"}),
-    ("ConvNext", "series-adapter", {"layers.#.pwconv2"}),
-    ("CLIP", "series-adapter", {"layers.#.mlp.fc2"}),
-    ("Phi3", "parallel-adapter", {"layers.#.post_attention_layernorm", "layers.#.mlp.down_proj"}),
-    ("Phi3 of coinciding sizes", "parallel-adapter", {"layers.#.post_attention_layernorm", "layers.#.mlp.down_proj"}),
-    ("ModernBert", "parallel-adapter", {"layers.#.mlp_norm", "layers.#.mlp.Wo"}),
-    ("MPT", "parallel-adapter", {"blocks.#.norm_2", "blocks.#.ffn.down_proj"}),
-    ("XLNet", "parallel-adapter", {"layer.#.ff.layer_1", "layer.#.ff.layer_2"}),
-    ("Deberta", HOUSLBY, {"layer.#.attention.output.dense", "layer.#.output.dense"}),
-    ("DebertaV2", HOUSLBY, {"layer.#.attention.output.dense", "layer.#.output.dense"}),
-    ("Longformer", HOUSLBY, {"layer.#.attention.output.dense", "layer.#.output.dense"}),
+    ("Swin", "series-adapter", ["blocks.#.mlp.fc2"]),
+    ("Swin", "parallel-adapter", ["blocks.#.layernorm_after", "blocks.#.mlp.fc2"]),
+    ("Swinv2", "series-adapter", ["blocks.#.output.dense"]),
+    ("Swinv2", "parallel-adapter", ["blocks.#.intermediate.dense", "blocks.#.output.dense"]),
+    ("ConvNext", "series-adapter", ["layers.#.pwconv2"]),
+    ("CLIP", "series-adapter", ["layers.#.mlp.fc2"]),
+    ("Phi3", "parallel-adapter", ["layers.#.post_attention_layernorm", "layers.#.mlp.down_proj"]),
+    ("Phi3 of coinciding sizes", "parallel-adapter", ["layers.#.post_attention_layernorm", "layers.#.mlp.down_proj"]),
+    ("ModernBert", "parallel-adapter", ["layers.#.mlp_norm", "layers.#.mlp.Wo"]),
+    ("MPT", "parallel-adapter", ["blocks.#.norm_2", "blocks.#.ffn.down_proj"]),
+    ("XLNet", "parallel-adapter", ["layer.#.ff.layer_1", "layer.#.ff.layer_2"]),
+    ("Deberta", HOUSLBY, ["layer.#.attention.output.dense", "layer.#.output.dense"]),
+    ("DebertaV2", HOUSLBY, ["layer.#.attention.output.dense", "layer.#.output.dense"]),
+    ("Longformer", HOUSLBY, ["layer.#.attention.output.dense", "layer.#.output.dense"]),
 ]
 
 
