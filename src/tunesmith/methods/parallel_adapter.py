@@ -21,7 +21,7 @@ def first_layers(model: nn.Module, block: Coupled) -> tuple[Site, ...]:
     if block.inner:
         return block.inner
     if block.kind == "channels":
-        made = makers(block.outer, sites(model))
+        _, made = makers(block.outer, sites(model))
         return tuple(made) if len(made) == 1 and made[0].out_features == 2 * block.outer.in_features else ()  # gate and up in one
     inside = block.outer.path.rpartition(".")[0]
     return tuple(s for s in sites(model) if s.path in {f"{inside}.{names[0]}" for names in QUERY_KEY_VALUE if len(names) == 1})

@@ -24,11 +24,12 @@ def mlp_outputs(model: nn.Module) -> list[Site]:
     Where a model has no such layer, those that narrow to the width of its residual stream.
     """
     hidden, heads, pruned = width(model), head_paths(model), pruned_blocks(model)
-    linear = [s for s in sites(model) if s.kind == "linear"]
+    known = sites(model)
+    linear = [s for s in known if s.kind == "linear"]
     narrow = [s for s in linear if s.in_features > s.out_features and s.path not in heads and s.path not in pruned and not _in_attention(s)]
-    ends = [s for s in narrow if makers(s, linear)] or [s for s in narrow if s.out_features == hidden]
+    ends = [s for s in narrow if makers(s, linear)[1]] or [s for s in narrow if s.out_features == hidden]
     paths = {s.path for s in ends} | {path for path, (kind, _) in pruned.items() if kind == "channels"}
-    return [s for s in sites(model) if s.path in paths]
+    return [s for s in known if s.path in paths]
 
 
 def _in_attention(site: Site) -> bool:
@@ -36,14 +37,14 @@ def _in_attention(site: Site) -> bool:
     return re.search("att(n|ention)", re.sub(r".*\.\d+\.", "", site.path).rpartition(".")[0].lower()) is not None
 
 
-def makers(outer: Site, known: list[Site]) -> list[Site]:
-    """The linear layers that make the inputs of one that ends a feed-forward block: those beside it, up and gate, or the two in one."""
+def makers(outer: Site, known: list[Site]) -> tuple[str, list[Site]]:
+    """The linear layers that make the inputs of one that ends a feed-forward block, up and gate or the two in one, and the module around all of them."""
     out, made = outer.shape
     fit = [s for s in known if s.kind == "linear" and s.shape in ((made, out), (2 * made, out)) and not _in_attention(s)]
     for place in _around(outer.path):
         if here := [s for s in fit if within(s.path, [place])]:
-            return [s for s in here if s.shape[0] == made] or here
-    return []
+            return place, [s for s in here if s.shape[0] == made] or here
+    return outer.path, []
 
 
 def keys_and_values(model: nn.Module) -> list[Site]:
@@ -153,8 +154,7 @@ def _groups(made: int, heads: int, size: int) -> int:
 def _feed_forwards(ends: list[Site], known: list[Site]) -> list[Coupled]:
     found = []
     for outer in ends:
-        inner = makers(outer, known)
-        place = next((place for place in _around(outer.path) if inner and within(inner[0].path, [place])), outer.path)
+        place, inner = makers(outer, known)
         if len(inner) > 2 or sum(within(s.path, [place]) for s in ends) > 1 or any(s.shape != outer.shape[::-1] for s in inner):
             inner = []
         inner, units = tuple(sorted(inner, key=lambda s: "gate" not in s.path.rpartition(".")[2])), outer.in_features
